@@ -1,0 +1,51 @@
+# Every target works as the first command in a fresh clone: it installs what it needs, once.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?=
+RUN = source ./env.sh &&
+
+.PHONY: help install rehearse test test-all test-v100 lint format lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install: .venv/.installed  ## create .venv from requirements.txt (done by the other targets)
+
+.venv/.installed: requirements.txt
+	@$(RUN) install_environment .venv requirements.txt "$(PYTHON)"
+
+.venv-v100/.installed: deepspeed/requirements-v100.txt
+	@$(RUN) install_environment .venv-v100 deepspeed/requirements-v100.txt "$(PYTHON)"
+
+rehearse: .venv/.installed  ## both main jobs on the CPU: tiny model, shipped data, same code path
+	@$(RUN) bash deepspeed/run_llama2_7b_lora.sh --rehearse
+
+test: .venv/.installed  ## every claim once, on real DeepSpeed, without a GPU or the hub
+	@$(RUN) python -P -m pytest -m 'not long'
+
+test-all: .venv/.installed  ## the long versions too
+	@$(RUN) python -P -m pytest
+
+test-v100: .venv-v100/.installed  ## parity and resume in the environment for Volta GPUs (torch 2.7.1)
+	@VENV=.venv-v100; $(RUN) python -P -m pytest -m v100
+
+lint: .venv/.installed  ## ruff and shellcheck
+	@$(RUN) ruff check . && ruff format --check . && shellcheck -x env.sh deepspeed/*.sh .ci/run
+
+format: .venv/.installed  ## let ruff rewrite the Python files
+	@$(RUN) ruff check --fix . && ruff format .
+
+# The Volta lock: the packages of training in the main lock's versions, with torch 2.7.1 (cu126), the last
+# easy wheel with sm_70 kernels, and what hangs on it (triton, nvidia-*) free to differ.
+lock: .venv/.installed  ## resolve requirements.in into both locks
+	@$(RUN) uv pip compile requirements.in -o requirements.txt --python-version 3.11 \
+	    --no-annotate --no-header -q
+	@$(RUN) grep -vE '^(torch|triton|nvidia-|cuda-|setuptools|sympy)' requirements.txt > .venv/constraints.txt
+	@$(RUN) { echo torch==2.7.1; grep -vE '^(torch|sglang|flashinfer-python)\b' requirements.in; } \
+	    | uv pip compile - -c .venv/constraints.txt -o deepspeed/requirements-v100.txt \
+	    --python-version 3.11 --no-annotate --no-header -q
+
+clean:  ## remove rehearsal runs and caches (not .venv, not your outputs)
+	rm -rf rehearsal/runs .pytest_cache .ruff_cache .hypothesis
+	find deepspeed sglang rehearsal tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,93 @@
+"""Is the saved adapter the one that was trained? Checked against the live, partitioned tensors."""
+
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from .run_folder import ADAPTER
+
+
+class AdapterError(RuntimeError):
+    """The saved adapter is not what was trained: a bug, not the user's fault."""
+
+
+def live_tensors(engine) -> dict[str, torch.Tensor]:
+    """The adapter's full tensors under the names of the saved file. Collective: call it on every rank.
+
+    Gathers LoRA tensors only (some 100 MB for rank 16), never the base.
+    """
+    parameters = [p for name, p in engine.module.named_parameters() if "lora_" in name]
+    with deepspeed.zero.GatheredParameters(parameters):
+        state = {name: p for name, p in engine.module.named_parameters() if "lora_" in name}
+        state = get_peft_model_state_dict(engine.module, state_dict=state)
+        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+
+def problems(stored: dict[str, torch.Tensor], expected_keys: set[str], learning: bool = True) -> list[str]:
+    """What is wrong with an adapter file: missing or unexpected keys, empty or non-finite tensors, lora_B
+    all zero (nothing learnt; not looked at if `learning` is False)."""
+    found = []
+    if missing := expected_keys - stored.keys():
+        found.append(f"{len(missing)} keys missing, e.g. {min(missing)}")
+    if surplus := stored.keys() - expected_keys:
+        found.append(f"{len(surplus)} unexpected keys, e.g. {min(surplus)}")
+    for name, tensor in stored.items():
+        if tensor.numel() == 0:
+            found.append(f"{name} is empty")
+        elif not torch.isfinite(tensor).all():
+            found.append(f"{name} has non-finite values")
+    b_tensors = [tensor for name, tensor in stored.items() if "lora_B" in name]
+    if learning and not any(tensor.any() for tensor in b_tensors):
+        found.append("every lora_B is zero: nothing was learnt")
+    return found
+
+
+@torch.no_grad()
+def check(engine, folder: Path, batch: dict[str, torch.Tensor], learning: bool = True) -> str:
+    """Compares the file in `folder` with the live tensors, then loads it into the live base.
+
+    The second part overwrites the live adapter with zeros (logits must change to the base's) and then with
+    the file's tensors (logits [B, S, V] must be the trained ones again, bit for bit). Collective. Returns
+    one line for the log; raises AdapterError on every rank.
+    """
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    live = live_tensors(engine)
+    stored = load_file(folder / ADAPTER)
+    found = problems(stored, set(live), learning)
+    found += [f"{name} differs from the live tensor" for name in live if name in stored
+              and not torch.equal(stored[name], live[name].to(stored[name].dtype))]  # fmt: skip
+    if found:
+        raise AdapterError(f"{folder / ADAPTER}: " + "; ".join(found[:5]))
+
+    engine.eval()
+    trained = engine(**inputs).logits
+    overwrite(engine, {name: torch.zeros_like(tensor) for name, tensor in stored.items()})
+    base = engine(**inputs).logits
+    overwrite(engine, stored)
+    reloaded = engine(**inputs).logits
+    engine.train()
+    if not torch.equal(reloaded, trained):
+        raise AdapterError(
+            f"{folder / ADAPTER}: logits differ after loading by {(reloaded - trained).abs().max()}"
+        )
+    effect = (trained - base).abs().max().item()
+    if learning and effect == 0:
+        raise AdapterError(f"{folder / ADAPTER}: the adapter does not change the base's logits")
+    size_mib = (folder / ADAPTER).stat().st_size / 2**20
+    return (
+        f"{len(stored)} tensors, {size_mib:.1f} MiB, file equals live, reload equals live (effect {effect:.2g})"
+    )
+
+
+def overwrite(engine, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes `tensors` (names of the saved file) into the live adapter. Collective."""
+    for name, parameter in engine.module.named_parameters():
+        if "lora_" not in name:
+            continue
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if dist.get_rank() == 0:
+                parameter.copy_(tensors[name.replace(".default.", ".")])

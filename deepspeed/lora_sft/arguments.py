@@ -1,0 +1,261 @@
+"""Command line -> `Arguments`. Flags carry Hugging Face's names; a starter flag that changed is refused by name."""
+
+import argparse
+import difflib
+import json
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from . import UserError
+
+FOLDER = Path(__file__).resolve().parent.parent  # deepspeed/
+REHEARSAL = FOLDER.parent / "rehearsal"
+TINY_MODEL = "tiny_llama"  # folder in --output_dir that a rehearsal builds its model in
+
+# Starter flag -> what to use now.
+CHANGED_FLAGS = {
+    "lora_dim": "--lora_r",
+    "lora_module_name": "--lora_target_modules",
+    "lora_learning_rate": "--learning_rate (it is LoRA's: nothing else trains)",
+    "only_optimize_lora": "nothing: only LoRA trains",
+    "per_device_train_batch_size": "--tokens_per_micro_batch",
+    "per_device_eval_batch_size": "--tokens_per_micro_batch",
+    "num_warmup_steps": "--warmup_ratio",
+    "data_split": "--max_train_rows and --max_eval_rows",
+    "sft_only_data_path": "--data_path",
+    "data_output_path": "nothing: data is tokenised at start, in seconds",
+    "zero_stage": "deepspeed/zero3.json (or --deepspeed FILE)",
+    "deepspeed_config": "--deepspeed FILE",
+    "offload": "deepspeed/zero3.json: offload_param",
+    "dropout": "--lora_dropout",
+    "compute_fp32_loss": "nothing: the loss is always computed in fp32",
+    "enable_tensorboard": "--report_to tensorboard",
+    "tensorboard_path": "--report_to tensorboard (written to --output_dir)",
+    "print_loss": "nothing: every step's loss is printed and in metrics.jsonl",
+    "add_eot_token": "nothing: every answer ends in EOS",
+    "local_rank": "nothing: the launcher starts one rank per visible GPU",
+    "eval_interval": "nothing: evaluation is before and after",
+    "eval_iters": "--max_eval_rows",
+}
+
+# Values of the rehearsal where it must differ from the real job: a tiny model on 2 CPU ranks.
+REHEARSAL_DEFAULTS = {
+    "device": "cpu",
+    "data_path": str(REHEARSAL / "preferences.jsonl"),
+    "max_seq_len": 256,
+    "tokens_per_micro_batch": 512,
+    "num_train_epochs": 2.0,
+    "learning_rate": 1e-2,
+    "save_steps": 10,
+    "max_eval_rows": 40,
+}
+
+
+@dataclass
+class Arguments:
+    """One run. Defaults are the assignment's: Llama-2-7B, rm-static, two 16 GB GPUs."""
+
+    model_name_or_path: str = "meta-llama/Llama-2-7b-hf"
+    data_path: str = "Dahoas/rm-static"
+    output_dir: str = str(FOLDER / "output_llama2_7b_lora")
+    deepspeed: str = str(FOLDER / "zero3.json")
+    max_train_rows: int = 8000
+    max_eval_rows: int = 500
+    max_seq_len: int = 1024
+    tokens_per_micro_batch: int = 4096
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: float = 1.0
+    max_steps: int = -1
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_target_modules: str = "all-linear"
+    learning_rate: float = 2e-4
+    warmup_ratio: float = 0.03
+    lr_scheduler_type: str = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = True
+    dtype: str = "auto"
+    device: str = "cuda"
+    num_gpus: int = 0
+    seed: int = 42
+    save_steps: int = 50
+    save_total_limit: int = 2
+    report_to: str = "none"
+    rehearse: bool = False
+    overwrite: bool = False
+    preflight_only: bool = False
+    download_only: bool = False
+
+    @property
+    def rows_per_micro_batch(self) -> int:
+        return self.tokens_per_micro_batch // self.max_seq_len
+
+    def identity(self) -> dict:
+        """What makes two commands the same run: everything that changes the numbers."""
+        other = {"output_dir", "deepspeed", "save_steps", "save_total_limit", "report_to", "overwrite"}
+        other |= {"preflight_only", "download_only", "num_gpus"}
+        return {key: value for key, value in asdict(self).items() if key not in other}
+
+
+HELP = {
+    "model_name_or_path": "hub id or local folder of the base model",
+    "data_path": "hub data set, or a JSON/JSONL file of rows with 'prompt' and 'chosen'",
+    "output_dir": "adapter, metrics, plots and checkpoints; the same command resumes from there",
+    "deepspeed": "ZeRO configuration (JSON) without batch sizes",
+    "max_train_rows": "training rows after a seeded shuffle; -1: all",
+    "max_eval_rows": "evaluation rows; -1: all",
+    "max_seq_len": "tokens of a packed row; a longer prompt is cut from the left",
+    "tokens_per_micro_batch": "per GPU and forward pass; a multiple of --max_seq_len",
+    "gradient_accumulation_steps": "micro-batches per optimizer step",
+    "num_train_epochs": "passes over the training rows",
+    "max_steps": "stop after so many optimizer steps; -1: by epochs",
+    "lora_r": "rank of the adapters",
+    "lora_alpha": "adapter output is scaled by alpha / r",
+    "lora_dropout": "on the adapter's input",
+    "lora_target_modules": "'all-linear' or names separated by commas, e.g. q_proj,v_proj",
+    "learning_rate": "peak learning rate of the adapters",
+    "warmup_ratio": "share of steps with rising learning rate",
+    "lr_scheduler_type": "a transformers schedule: cosine, linear, constant_with_warmup, ...",
+    "weight_decay": "AdamW's",
+    "max_grad_norm": "gradient clipping",
+    "gradient_checkpointing": "recompute activations in backward: less memory, a third more compute",
+    "dtype": "auto, fp16, bf16 or fp32; auto: bf16 from compute capability 8.0, fp16 below, fp32 on CPU",
+    "device": "cuda or cpu; the CPU is never chosen silently",
+    "num_gpus": "ranks to start; 0: every GPU in CUDA_VISIBLE_DEVICES (2 ranks on the CPU)",
+    "seed": "shuffle, adapter initialisation, dropout",
+    "save_steps": "optimizer steps between checkpoints",
+    "save_total_limit": "complete checkpoints to keep",
+    "report_to": "none, tensorboard, wandb, ... (as in transformers)",
+    "rehearse": "tiny model and shipped data on 2 CPU ranks, everything else as in the real job",
+    "overwrite": "start anew in an --output_dir that holds a run",
+    "preflight_only": "print the PASS/FAIL table and stop; needs no GPU",
+    "download_only": "fetch model and data into HF_HOME and stop (for login nodes)",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+
+
+def parse(argv: list[str]) -> Arguments:
+    """Reads flags. Paths are relative to the caller's folder. Raises UserError with one line; -h exits 0."""
+    parser = Parser(
+        prog="run_llama2_7b_lora.sh",
+        description="Fine-tunes Llama-2-7B with LoRA under DeepSpeed ZeRO-3.",
+        allow_abbrev=False,
+    )
+    for entry in fields(Arguments):
+        options = {"help": f"{HELP[entry.name]} (default: {entry.default})", "default": None}
+        if entry.type is bool:
+            options |= {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+        else:
+            options |= {"type": entry.type, "metavar": entry.type.__name__}
+        parser.add_argument(f"--{entry.name}", **options)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(_unknown_flag(unknown[0]))
+    given = {key: value for key, value in vars(known).items() if value is not None}
+    if given.get("rehearse"):
+        given = REHEARSAL_DEFAULTS | given
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        given.setdefault("output_dir", str(REHEARSAL / "runs" / stamp))
+    args = Arguments(**given)
+    _check(args)
+    if args.rehearse and "model_name_or_path" not in given:
+        args.model_name_or_path = str(Path(args.output_dir) / TINY_MODEL)
+    return args
+
+
+def _unknown_flag(word: str) -> str:
+    name = word.lstrip("-").split("=")[0]
+    if name in CHANGED_FLAGS:
+        return f"--{name} was the starter's; use {CHANGED_FLAGS[name]}"
+    names = [entry.name for entry in fields(Arguments)]
+    near = difflib.get_close_matches(name.replace("-", "_"), names, n=1, cutoff=0.5)
+    return f"unknown argument {word}" + (f"; did you mean --{near[0]}?" if near else "; -h lists all flags")
+
+
+def _check(args: Arguments) -> None:
+    """Range checks of single flags, and paths made absolute."""
+    args.output_dir = str(Path(args.output_dir).absolute())
+    args.deepspeed = str(Path(args.deepspeed).absolute())
+    for name in ("model_name_or_path", "data_path"):
+        value = getattr(args, name)
+        # A hub id is "name" or "owner/name"; whatever exists on disk or looks like a path is a path.
+        if Path(value).exists():
+            setattr(args, name, str(Path(value).absolute()))
+        elif value.startswith(("/", ".", "~")) or value.count("/") > 1 or value.endswith((".json", ".jsonl")):
+            raise UserError(f"--{name} {value}: no such file or folder")
+    for name in (
+        "max_seq_len",
+        "tokens_per_micro_batch",
+        "gradient_accumulation_steps",
+        "lora_r",
+        "lora_alpha",
+    ):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("save_steps", "save_total_limit"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.max_seq_len < 16:
+        raise UserError(f"--max_seq_len {args.max_seq_len}: at least 16 tokens are needed for a document")
+    if args.tokens_per_micro_batch % args.max_seq_len:
+        raise UserError(
+            f"--tokens_per_micro_batch {args.tokens_per_micro_batch}: must be a multiple of --max_seq_len "
+            f"{args.max_seq_len}"
+        )
+    if args.num_train_epochs <= 0:
+        raise UserError(f"--num_train_epochs {args.num_train_epochs}: must be above 0")
+    if args.learning_rate < 0:
+        raise UserError(f"--learning_rate {args.learning_rate}: must not be negative")
+    if not 0 <= args.lora_dropout < 1 or not 0 <= args.warmup_ratio < 1:
+        raise UserError("--lora_dropout and --warmup_ratio: must be in [0, 1)")
+    if args.dtype not in ("auto", "fp16", "bf16", "fp32"):
+        raise UserError(f"--dtype {args.dtype}: choose auto, fp16, bf16 or fp32")
+    if args.device not in ("cuda", "cpu"):
+        raise UserError(f"--device {args.device}: choose cuda or cpu")
+
+
+# Trainer fills these from the flags; in the file they could only contradict them.
+FILLED_BY_TRAINER = {
+    "train_batch_size": "--tokens_per_micro_batch",
+    "train_micro_batch_size_per_gpu": "--tokens_per_micro_batch",
+    "gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "optimizer": "--learning_rate and --weight_decay",
+    "scheduler": "--lr_scheduler_type",
+    "gradient_clipping": "--max_grad_norm",
+}
+
+
+def read_zero_config(path: str) -> dict:
+    """The ZeRO JSON as a dict, with what Trainer fills in set to "auto". Raises UserError."""
+    try:
+        config = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"--deepspeed {path}: cannot be read ({error.strerror})") from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"--deepspeed {path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})"
+        ) from error
+    if not isinstance(config, dict):
+        raise UserError(f"--deepspeed {path}: expected a JSON object")
+    for key, flag in FILLED_BY_TRAINER.items():
+        if key in config:
+            raise UserError(f"--deepspeed {path}: remove '{key}'; it is set by {flag}")
+    if config.get("zero_optimization", {}).get("stage") != 3:
+        raise UserError(f"--deepspeed {path}: zero_optimization.stage must be 3 (the base model is sharded)")
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return config | dict.fromkeys((*batch, "gradient_clipping"), "auto")

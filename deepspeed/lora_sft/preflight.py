@@ -1,0 +1,572 @@
+"""Everything that can be known before the model loads: a PASS/FAIL table, each FAIL with its cure.
+
+`run` also makes the plan that every rank follows (`plan.json`) and tokenises the data (`train.npz`,
+`eval.npz`). It runs in a child process, because it may initialise CUDA and start tokeniser threads.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from . import UserError, data, run_folder
+from .arguments import Arguments
+
+GIB = 2**30
+MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja"]
+PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate", "datasets", "tokenizers", "numpy")
+DRIVER_NEEDED = {13: 580, 12: 525}  # CUDA major version of the wheel -> NVIDIA driver branch
+CONTEXT_GIB = 1.2  # what CUDA, cuBLAS and NCCL take outside PyTorch's allocator
+ASSUMED_GPU_GIB = 15.8  # a V100 16 GB, when there is no GPU to ask
+V100_LOCK = "make install-v100, then VENV=.venv-v100 bash deepspeed/run_llama2_7b_lora.sh"
+
+
+class Table:
+    """Prints one row per check as it is done and remembers the first failure."""
+
+    def __init__(self) -> None:
+        self.first_failure: str | None = None
+
+    def row(self, verdict: str, name: str, text: str) -> None:
+        print(f"  {verdict:4}  {name:14}  {text}", flush=True)
+
+    def check(self, name: str, function: Callable[[], str | None]) -> bool:
+        """Runs one check. It returns what it found (None: nothing to say, no row) or raises UserError."""
+        try:
+            found = function()
+        except UserError as error:
+            self.row("FAIL", name, str(error))
+            self.first_failure = self.first_failure or str(error)
+            return False
+        if found is not None:
+            verdict, _, text = (
+                found.partition(":") if found.startswith(("WARN:", "SKIP:")) else ("PASS", "", found)
+            )
+            self.row(verdict, name, text.strip())
+        return True
+
+
+# --- packages and GPUs --------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Installed versions by package metadata: importing `deepspeed` could find this repository's folder."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise UserError(
+                f"{name} is not installed; run `make install` (or pip install -r requirements.txt)"
+            ) from error
+    return found
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version, or None if this machine has no NVIDIA device."""
+    text = Path("/proc/driver/nvidia/version")
+    if text.exists():
+        match = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)", text.read_text())
+        return match.group(1) if match else "unknown"
+    return "unknown" if Path("/dev/nvidiactl").exists() else None
+
+
+def explain_no_cuda(driver: str | None, wheel_cuda: str | None, torch_version: str) -> str:
+    """One line for `torch.cuda.is_available() == False`: what was found, what is needed, the cure."""
+    if driver is None:
+        return "no NVIDIA GPU here; ask for one (srun --gres=gpu:2 ...), or try the CPU rehearsal: --rehearse"
+    if wheel_cuda is None:
+        return (
+            f"an NVIDIA driver {driver} is here, but torch {torch_version} is a CPU build; run `make install`"
+        )
+    needed = DRIVER_NEEDED.get(int(wheel_cuda.split(".")[0]), 0)
+    if driver != "unknown" and int(driver.split(".")[0]) < needed:
+        return (
+            f"NVIDIA driver {driver} is too old for torch {torch_version} (CUDA {wheel_cuda} needs driver {needed} "
+            f"or newer); use the CUDA 12.6 environment: {V100_LOCK}"
+        )
+    return (
+        f"an NVIDIA driver ({driver}) is here, but torch {torch_version} sees no GPU; "
+        f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}: is a GPU allocated to this job?"
+    )
+
+
+def has_kernels(capability: tuple[int, int], arch_list: list[str]) -> bool:
+    """Whether a wheel built for `arch_list` (sm_75, ..., compute_90) runs on a GPU: binary code of the same
+    major and a lower or equal minor capability, or PTX of a lower or equal one."""
+    for arch in arch_list:
+        kind, _, number = arch.partition("_")
+        digits = re.sub(r"\D", "", number)
+        major, minor = int(digits[:-1]), int(digits[-1])
+        if kind == "sm" and major == capability[0] and minor <= capability[1]:
+            return True
+        if kind == "compute" and (major, minor) <= capability:
+            return True
+    return False
+
+
+def choose_dtype(asked: str, device: str, capability: tuple[int, int] | None) -> tuple[str, str]:
+    """(dtype, reason). bf16 from compute capability 8.0; `torch.cuda.is_bf16_supported()` also answers True
+    on Volta, where bf16 is emulated."""
+    if asked != "auto":
+        if asked == "bf16" and capability and capability < (8, 0):
+            raise UserError(
+                f"--dtype bf16: compute capability {capability[0]}.{capability[1]} has no bf16 units; use --dtype fp16"
+            )
+        return asked, "asked for by --dtype"
+    if device == "cpu":
+        return "fp32", "on CPU exact comparison is worth more than speed"
+    if capability is None:
+        return "fp16", "no GPU here; a V100 is assumed"
+    text = f"compute capability {capability[0]}.{capability[1]}"
+    return ("bf16", f"{text} has bf16 units") if capability >= (8, 0) else ("fp16", f"{text} has no bf16 units")
+
+
+def look_at_gpus(args: Arguments, plan: dict) -> str:
+    """Fills plan: world_size, dtype, gpu_name, capability, gpu_limit_gib, gpu_free_gib."""
+    import torch
+
+    plan |= {"gpu_name": None, "gpu_free_gib": None, "capability": None}
+    cap_gib = float(os.environ.get("GPU_MEMORY_CAP_GIB") or "inf")
+    plan["gpu_limit_gib"] = min(ASSUMED_GPU_GIB - CONTEXT_GIB, cap_gib)
+    plan["world_size"] = args.num_gpus or 2
+    plan["dtype"], plan["dtype_reason"] = choose_dtype(args.dtype, args.device, None)
+    if args.device == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        why = "--rehearse" if args.rehearse else "--device cpu"
+        return f"not used ({why}): {plan['world_size']} ranks on {cores} CPU cores"
+    if not torch.cuda.is_available():
+        driver = driver_version()
+        if driver is None and args.preflight_only:
+            return f"SKIP: no GPU here; {plan['world_size']} x {ASSUMED_GPU_GIB} GiB assumed"
+        raise UserError(explain_no_cuda(driver, torch.version.cuda, torch.__version__))
+    visible = torch.cuda.device_count()
+    if args.num_gpus > visible:
+        raise UserError(
+            f"--num_gpus {args.num_gpus}, but {visible} visible (CUDA_VISIBLE_DEVICES="
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); ask Slurm for more: --gres=gpu:{args.num_gpus}"
+        )
+    plan["world_size"] = args.num_gpus or visible
+    devices = [torch.cuda.get_device_properties(i) for i in range(plan["world_size"])]
+    for index, device in enumerate(devices):
+        if not has_kernels((device.major, device.minor), torch.cuda.get_arch_list()):
+            raise UserError(
+                f"GPU {index}, {device.name} (compute capability {device.major}.{device.minor}), has no kernels in "
+                f"torch {torch.__version__} ({' '.join(torch.cuda.get_arch_list())}); {V100_LOCK}"
+            )
+    capability = min((device.major, device.minor) for device in devices)
+    plan["dtype"], plan["dtype_reason"] = choose_dtype(args.dtype, args.device, capability)
+    plan["gpu_name"], plan["capability"] = devices[0].name, list(capability)
+    plan["gpu_free_gib"] = min(torch.cuda.mem_get_info(i)[0] for i in range(plan["world_size"])) / GIB
+    total_gib = min(device.total_memory for device in devices) / GIB
+    plan["gpu_limit_gib"] = min(total_gib - CONTEXT_GIB, cap_gib)
+    cap = f", capped to {cap_gib:g} GiB by GPU_MEMORY_CAP_GIB" if math.isfinite(cap_gib) else ""
+    return f"{plan['world_size']} x {devices[0].name}, {total_gib:.1f} GiB{cap}, driver {driver_version()}"
+
+
+def look_at_links(plan: dict) -> str | None:
+    """NVLink or PCIe between the GPUs: on PCIe the all-gathers of ZeRO-3 set the pace."""
+    if plan["gpu_name"] is None or plan["world_size"] < 2:
+        return None
+    try:
+        command = ["nvidia-smi", "topo", "-m"]
+        matrix = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(plan["world_size"])))
+        first, second = visible.split(",")[:2]
+        rows = [line.split() for line in re.sub(r"\x1b\[[0-9;]*m", "", matrix).splitlines()]
+        link = next(row[1 + int(second)] for row in rows if row and row[0] == f"GPU{int(first)}")
+    except (OSError, subprocess.SubprocessError, StopIteration, ValueError, IndexError):
+        return "SKIP: nvidia-smi does not tell how the GPUs are linked"
+    if link.startswith("NV"):
+        return f"{link[2:]} NVLinks between GPU {first} and GPU {second}"
+    return f"WARN: PCIe ({link}) between GPU {first} and GPU {second}: gathers are slow, keep --tokens_per_micro_batch high"
+
+
+# --- model and data -----------------------------------------------------------------------------------
+
+
+def cached_model(name: str) -> Path | None:
+    """The snapshot folder of a hub model if config, tokenizer and every weight file are there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=MODEL_FILES, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    try:
+        check_model_folder(folder)
+    except UserError:
+        return None
+    return folder
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises UserError if a file that loading needs is missing."""
+    for names in (("config.json",), ("tokenizer.json", "tokenizer.model")):
+        if not any((folder / name).exists() for name in names):
+            raise UserError(f"{folder}: no {' or '.join(names)}; is this a model in Hugging Face format?")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        missing = sorted(shard for shard in shards if not (folder / shard).exists())
+        if missing:
+            raise UserError(
+                f"{folder}: {len(missing)} of {len(shards)} weight files missing, e.g. {missing[0]}"
+            )
+    elif not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: no weights (*.safetensors) in it; convert or download them again")
+
+
+def explain_hub_error(name: str, kind: str, error: Exception) -> str:
+    """One line with the cure for what huggingface_hub raised about the `kind` ('model', 'dataset') `name`."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    text = str(error)
+    if isinstance(error, GatedRepoError):  # a subclass of RepositoryNotFoundError: look at it first
+        if get_token() is None:
+            return f"{name} is gated and there is no token; ask for access on its page, then `hf auth login`"
+        if "awaiting" in text or "pending" in text:
+            return f"{name}: your request for access is pending; wait for the mail, or use another --model_name_or_path"
+        return f"{name}: your token has no access; ask for it on the model's page with the same account"
+    if isinstance(error, RepositoryNotFoundError):
+        flag = "--data_path" if kind == "dataset" else "--model_name_or_path"
+        return f"{flag} {name}: neither a file here nor a {kind} on the hub (private ones need `hf auth login`)"
+    return (
+        f"{name} is not complete in the cache and the hub cannot be reached ({type(error).__name__}); on a node with "
+        "internet run: bash deepspeed/run_llama2_7b_lora.sh --download_only"
+    )
+
+
+def look_at_model(args: Arguments, plan: dict) -> str:
+    """Finds or fetches the model. Fills plan: model_folder, model_revision."""
+    name = args.model_name_or_path
+    if Path(name).is_dir():
+        check_model_folder(Path(name))
+        plan |= {"model_folder": name, "model_revision": None}
+        return f"{name} (local folder)"
+    if Path(name).exists():
+        raise UserError(f"--model_name_or_path {name}: is a file; give the model's folder or a hub id")
+    folder = cached_model(name)
+    found = "complete in the cache"
+    if folder is None:
+        from huggingface_hub import HfApi, snapshot_download
+
+        try:
+            HfApi().auth_check(name)
+            check_download_space(name)
+            print(f"        fetching {name} (once)", flush=True)
+            folder = Path(snapshot_download(name, allow_patterns=MODEL_FILES, max_workers=4))
+        except UserError:
+            raise
+        except Exception as error:
+            if run_folder.disk_full(error, Path.home()):
+                raise UserError(
+                    f"{hub_cache()}: disk or quota full while fetching {name}; set LLM_STORAGE"
+                ) from error
+            raise UserError(explain_hub_error(name, "model", error)) from error
+        check_model_folder(folder)
+        found = "fetched"
+    plan |= {"model_folder": str(folder), "model_revision": folder.name}
+    return f"{name} at {folder.name[:12]}, {found}"
+
+
+def hub_cache() -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
+
+
+def check_download_space(name: str) -> None:
+    from huggingface_hub import HfApi
+
+    siblings = HfApi().model_info(name, files_metadata=True).siblings or []
+    size = sum(file.size or 0 for file in siblings if file.rfilename.endswith(".safetensors"))
+    cache = hub_cache()
+    cache.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache).free
+    if free < size:
+        raise UserError(
+            f"{cache}: {free / GIB:.1f} GiB free, {name} needs {size / GIB:.1f}; "
+            "set LLM_STORAGE to a larger disk"
+        )
+
+
+def look_at_data(args: Arguments, plan: dict, rows: dict) -> str:
+    """Reads rows. Fills plan: data_sha256, data_revision; and rows: train, eval."""
+    path = Path(args.data_path)
+    if path.exists():
+        train, test, revision = data.read_file(path), [], None
+    else:
+        try:
+            train, test, revision = data.read_hub(args.data_path, local_files_only=True)
+        except UserError:
+            raise
+        except Exception:  # not in the cache (datasets and the hub each have their own error for it)
+            try:
+                train, test, revision = data.read_hub(args.data_path, local_files_only=False)
+            except UserError:
+                raise
+            except Exception as error:
+                raise UserError(explain_hub_error(args.data_path, "dataset", error)) from error
+    rows["train"], rows["eval"] = data.split_rows(
+        train, test, args.max_train_rows, args.max_eval_rows, args.seed
+    )
+    plan |= {"data_sha256": data.rows_sha256(rows["train"], rows["eval"]), "data_revision": revision}
+    return f"{args.data_path}: {len(rows['train']):,} of {len(train):,} rows to train, {len(rows['eval']):,} to evaluate"
+
+
+# --- LoRA, ZeRO, memory -------------------------------------------------------------------------------
+
+
+def look_at_lora(args: Arguments, plan: dict, zero_config: dict) -> str:
+    """Builds the model without memory ("meta") and counts. Fills plan: parameters, zero_config (resolved)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(plan["model_folder"])
+    if args.max_seq_len > config.max_position_embeddings:
+        raise UserError(
+            f"--max_seq_len {args.max_seq_len}: the model was trained for {config.max_position_embeddings} positions"
+        )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    base = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    embedding = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    matmul = sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in embedding)
+    if config.tie_word_embeddings:
+        matmul += config.vocab_size * config.hidden_size
+    targets = args.lora_target_modules
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+    )
+    try:
+        with torch.device("meta"):
+            model = get_peft_model(model, lora)
+    except ValueError as error:
+        linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise UserError(
+            f"--lora_target_modules {targets}: matches no module of the model; it has {', '.join(linear)}"
+        ) from error
+    lora_sizes = [p.numel() for name, p in model.named_parameters() if "lora_" in name]
+    classes = {type(module).__name__ for module in model.modules()}
+    leaf = zero_config["zero_optimization"].get("leaf_module", {}).get("classes", [])
+    for name in leaf:
+        if name.split(".")[-1] not in classes:
+            layer = next((c for c in sorted(classes) if c.endswith("DecoderLayer")), "none")
+            raise UserError(
+                f"--deepspeed {args.deepspeed}: leaf_module class {name} matches no module (the model's is {layer})"
+            )
+    plan["zero_config"] = json.loads(json.dumps(zero_config))
+    zero = plan["zero_config"]["zero_optimization"]
+    threshold, note = zero.get("stage3_param_persistence_threshold", 100_000), ""
+    if max(base.values()) <= threshold:
+        # A tiny model would stay whole on every rank: scale with the area of its matrices, so that it is
+        # partitioned like the real one.
+        scaled = int(threshold * (config.hidden_size / 4096) ** 2)
+        zero["stage3_param_persistence_threshold"] = scaled
+        note = f"; tiny model: stage3_param_persistence_threshold {threshold:,} scaled to {scaled:,}"
+    plan |= {
+        "base_parameters": sum(base.values()),
+        "matmul_parameters": matmul,
+        "lora_parameters": sum(lora_sizes),
+        "lora_tensors": len(lora_sizes),
+    }
+    plan["predicted_parts_gib"] = predict_memory(config.to_dict(), base, lora_sizes, args, plan, zero)
+    plan["predicted_peak_gib"] = sum(plan["predicted_parts_gib"].values())
+    return (
+        f"{len(lora_sizes)} tensors, {sum(lora_sizes) / 1e6:.1f} M of {sum(base.values()) / 1e6:,.1f} M parameters train"
+        f"{note}"
+    )
+
+
+def predict_memory(
+    config: dict, base: dict[str, int], lora_sizes: list[int], args: Arguments, plan: dict, zero: dict
+) -> dict[str, float]:
+    """Peak memory of one GPU in GiB, part by part; the parts add up to the peak PyTorch reserves.
+
+    Weights, gathers, states and checkpoints exist together; of the two large work spaces (logits with
+    their gradient; one layer's recomputed activations) only the larger one counts. Bytes per token of a
+    layer are those of Llama with LoRA on every linear layer, where dropout copies each adapter's input.
+    """
+    size = 4 if plan["dtype"] == "fp32" else 2
+    world, tokens = plan["world_size"], args.tokens_per_micro_batch
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    layers, vocab = config["num_hidden_layers"], config["vocab_size"]
+    threshold = zero.get("stage3_param_persistence_threshold", 100_000)
+    base_total, lora_total = sum(base.values()), sum(lora_sizes)
+    lora_resident = sum(n if n <= threshold else n / world for n in lora_sizes)
+    layer = sum(n for name, n in base.items() if ".layers.0." in name) + lora_total / layers
+    outside = max((n for name, n in base.items() if ".layers." not in name), default=0)
+    live = max(zero.get("stage3_max_live_parameters", 1e9), layer)
+    prefetch = zero.get("stage3_prefetch_bucket_size", 5e7)
+    dropout = 3 if args.lora_dropout else 0  # a copy and a one-byte mask of every adapter's input
+    per_token = (16 * hidden + 6 * inner) * size + (6 * hidden + inner) * dropout
+    checkpoints = layers * tokens * hidden * size if args.gradient_checkpointing else 0
+    one_layer = tokens * per_token * (1 if args.gradient_checkpointing else layers)
+    logits = tokens * vocab * (2 * size + 8)
+    work = "logits and loss" if logits > one_layer else "activations of a layer"
+    parts = {
+        "weight shard": base_total * size / world,
+        "LoRA states": lora_resident * size + lora_total / world * (size + 16),
+        "gathered layers": (min(live, 2 * layer + prefetch, base_total) + outside) * size,
+        "reduce bucket": min(zero.get("reduce_bucket_size", 5e8), lora_total) * size,
+        "checkpointed inputs": checkpoints,
+        work: max(logits, one_layer),
+    }
+    parts["allocator slack"] = 0.05 * sum(parts.values())
+    return {name: value / GIB for name, value in parts.items()}
+
+
+def judge_memory(args: Arguments, plan: dict) -> str:
+    """Raises UserError with the flag to change if the predicted peak does not fit."""
+    predicted, limit = plan["predicted_peak_gib"], plan["gpu_limit_gib"]
+    width = max(map(len, plan["predicted_parts_gib"]))
+    parts = "".join(f"\n{'':26}{name:{width}} {gib:6.2f}" for name, gib in plan["predicted_parts_gib"].items())
+    text = f"{predicted:.2f} GiB predicted of {limit:.2f} per GPU{parts}"
+    if args.device == "cpu":
+        return text
+    if predicted > limit:
+        flag = f"--tokens_per_micro_batch {max(args.max_seq_len, args.tokens_per_micro_batch // 2)}"
+        if args.tokens_per_micro_batch <= args.max_seq_len:
+            flag = f"--max_seq_len {args.max_seq_len // 2} --tokens_per_micro_batch {args.max_seq_len // 2}"
+        if plan["world_size"] < 2 and plan["predicted_parts_gib"]["weight shard"] > limit / 2:
+            flag = "a second GPU (--gres=gpu:2): ZeRO-3 halves the weight shard"
+        raise UserError(f"{text}\n{'':24}does not fit; use {flag}")
+    free = plan["gpu_free_gib"]
+    if free is not None and free < min(predicted + CONTEXT_GIB, limit):
+        raise UserError(
+            f"{free:.1f} GiB free on a GPU, {predicted:.1f} needed: another process holds it (nvidia-smi)"
+        )
+    return text
+
+
+def memory_limit_gib() -> tuple[float, str]:
+    """Host memory this job may still use, and what sets it: the machine or a cgroup (Slurm's --mem)."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    best = (int(fields["MemAvailable"].split()[0]) / 2**20, "available on this machine")
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            root, limit_name, usage_name = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root = Path("/sys/fs/cgroup/memory")
+            limit_name, usage_name = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        # A limit may stand at any level above the process.
+        folder = root / group.lstrip("/")
+        for level in (folder, *folder.parents):
+            if root not in (level, *level.parents):
+                break
+            try:
+                limit = int((level / limit_name).read_text())
+                used = int((level / usage_name).read_text())
+                cached = re.search(
+                    r"^(?:total_)?inactive_file (\d+)", (level / "memory.stat").read_text(), re.M
+                )
+            except (OSError, ValueError):  # "max", or a controller that is not mounted
+                continue
+            left = (limit - used + (int(cached.group(1)) if cached else 0)) / GIB
+            best = min(best, (left, "left of the job's memory limit (Slurm --mem)"))
+    return best
+
+
+def look_at_host_memory(plan: dict) -> str:
+    """Every rank reads all weights, one after the other; the pages are shared and can be dropped."""
+    left, what = memory_limit_gib()
+    size = 4 if plan["dtype"] == "fp32" else 2
+    weights = plan["base_parameters"] * size / GIB
+    needed = weights + 2.5 * plan["world_size"]
+    if left < needed:
+        raise UserError(
+            f"{left:.1f} GiB {what}, about {needed:.1f} needed to load the weights; ask for --mem={needed * 1.2:.0f}G"
+        )
+    if left < weights * plan["world_size"]:
+        return f"WARN: {left:.1f} GiB {what}; below {weights * plan['world_size']:.1f} loading may be slow"
+    return f"{left:.1f} GiB {what}, about {needed:.1f} needed"
+
+
+def look_at_disk(args: Arguments, plan: dict) -> str:
+    """Free space for the checkpoints, and whether a quota lets us have one checkpoint's worth of it."""
+    folder = Path(args.output_dir)
+    checkpoint = plan["lora_parameters"] * (4 + 14)
+    needed = checkpoint * (args.save_total_limit + 1) + plan["lora_parameters"] * 4
+    probe = folder / ".disk_probe"
+    try:
+        free = shutil.disk_usage(folder).free
+        with probe.open("wb") as out:
+            os.posix_fallocate(out.fileno(), 0, max(1, checkpoint))
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder}: {needed / GIB:.2f} GiB are needed ({error.strerror}); free some"
+        ) from error
+    finally:
+        probe.unlink(missing_ok=True)
+    if free < needed:
+        raise UserError(
+            f"--output_dir {folder}: {free / GIB:.2f} GiB free, {needed / GIB:.2f} needed; free some, name another "
+            "--output_dir, or lower --save_total_limit"
+        )
+    return f"{free / GIB:.1f} GiB free in {folder}, {needed / GIB:.2f} needed"
+
+
+# --- all of it ----------------------------------------------------------------------------------------
+
+
+def run(args: Arguments, zero_config: dict, work_dir: Path) -> int:
+    """Prints the table; writes plan.json and the packed rows. Raises UserError with the first failure."""
+    table, plan, rows = Table(), {}, {}
+    print("preflight")
+    table.check("packages", lambda: ", ".join(f"{k} {v}" for k, v in versions().items() if k != "numpy"))
+    gpus = table.check("GPUs", lambda: look_at_gpus(args, plan))
+    if gpus:
+        table.check("GPU link", lambda: look_at_links(plan))
+        table.row("PASS", "precision", f"{plan['dtype']}: {plan['dtype_reason']}")
+    model = table.check("model", lambda: look_at_model(args, plan))
+    table.check("data", lambda: look_at_data(args, plan, rows))
+    if args.download_only:
+        if table.first_failure and not (model and rows):
+            raise UserError(table.first_failure)
+        return 0
+    if model and gpus and table.check("LoRA", lambda: look_at_lora(args, plan, zero_config)):
+        table.check("GPU memory", lambda: judge_memory(args, plan))
+        table.check("host memory", lambda: look_at_host_memory(plan))
+        table.check("disk", lambda: look_at_disk(args, plan))
+    elif not model:
+        table.row("SKIP", "LoRA, memory", "they need the model's config.json")
+    if model and rows:
+        table.check("tokens", lambda: tokenise(args, plan, rows, work_dir))
+    if table.first_failure:
+        raise UserError(table.first_failure)
+    run_folder.write_json(work_dir / "plan.json", plan | {"versions": versions()})
+    return 0
+
+
+def tokenise(args: Arguments, plan: dict, rows: dict, work_dir: Path) -> str:
+    """Rows -> train.npz and eval.npz in `work_dir`. Fills plan: train, eval (reports)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(plan["model_folder"])
+    data.set_up_tokenizer(tokenizer)
+    per_forward = plan.get("world_size", 2) * args.rows_per_micro_batch
+    for split, multiple in (("train", per_forward * args.gradient_accumulation_steps), ("eval", per_forward)):
+        packed = data.prepare(rows[split], tokenizer, args.max_seq_len, multiple, split)
+        packed.save(work_dir / f"{split}.npz")
+        plan[split] = packed.report()
+    report = plan["train"]
+    skipped = sum(value for key, value in report.items() if key.startswith("skipped_"))
+    return (
+        f"{report['documents']:,} documents in {report['packed_rows']:,} rows of {args.max_seq_len}: "
+        f"{report['padding_share']:.1%} padding, {report['trained_share']:.0%} trained; {report['prompt_cut']} cut, "
+        f"{skipped} skipped, {report['space_inserted']} joined by a space"
+    )

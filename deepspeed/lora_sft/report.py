@@ -1,0 +1,222 @@
+"""What people see of a run: predicted end, summary.json, loss.png, memory.png, the last ten lines."""
+
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .run_folder import METRICS, SUMMARY, write_json
+
+log = logging.getLogger("lora_sft")
+
+# Dense matrix peak of the half-precision units, TFLOP/s (vendors' data sheets), by part of the GPU's name.
+PEAK_TFLOPS = {
+    "V100": 125,
+    "T4": 65,
+    "A100": 312,
+    "A10G": 70,
+    "A10": 125,
+    "A6000": 155,
+    "L40": 181,
+    "L4": 121,
+    "RTX 3090": 71,
+    "RTX 4090": 165,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H200": 989,
+    "GH200": 989,
+    "B200": 2250,
+}
+
+
+def peak_tflops(gpu_name: str | None) -> float | None:
+    names = [name for name in PEAK_TFLOPS if name in (gpu_name or "")]
+    return PEAK_TFLOPS[max(names, key=len)] if names else None
+
+
+def peak_reserved_gib(device: torch.device) -> float | None:
+    """Most memory PyTorch's allocator has held on this GPU so far; None on CPU."""
+    return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None
+
+
+def peak_host_rss_gib() -> float:
+    """Most host memory this rank has used so far (ru_maxrss is in KiB on Linux)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def announce_end(step_time_s: float, state, max_train_rows: int) -> None:
+    """Prints when the last step will be done, compared with Slurm's end of the job if there is one."""
+    remaining_s = (state.max_steps - state.global_step) * step_time_s
+    end_s = time.time() + remaining_s
+    clock = time.strftime("%H:%M:%S", time.localtime(end_s))
+    text = (
+        f"{step_time_s:.1f} s a step: step {state.max_steps} at about {clock} (in {remaining_s / 60:.0f} min)"
+    )
+    job_end_s = float(os.environ.get("SLURM_JOB_END_TIME") or "inf")
+    if math.isfinite(job_end_s):
+        text += f"; Slurm ends the job at {time.strftime('%H:%M:%S', time.localtime(job_end_s))}"
+        if end_s > job_end_s:
+            share = max(0.0, job_end_s - time.time()) / remaining_s * 0.9
+            text += (
+                f". It will NOT fit: pass --max_train_rows {max(1, int(max_train_rows * share))}, "
+                "or let it stop and run the same command again: it resumes"
+            )
+    log.info(text)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def summarise(rows: list[dict], plan: dict, gradient_checkpointing: bool) -> dict:
+    """Totals and rates from the rows of metrics.jsonl; the first 3 steps are left out of rates.
+
+    MFU counts 4N FLOPs a real token (forward and the gradient towards activations; LoRA computes no
+    gradient of the N base matrix weights), HFU 6N with full gradient checkpointing (the forward runs
+    twice). N excludes the embedding. Attention scores are left out (under 2 % at 1,024 tokens).
+    """
+    timed = rows[3:] or rows
+    world_size = plan["world_size"]
+    seconds = sum(row["step_time_s"] for row in timed)
+    rate = sum(row["real_tokens"] for row in timed) / world_size / seconds
+    peak = peak_tflops(plan["gpu_name"])
+    mfu = rate * 4 * plan["matmul_parameters"] / (peak * 1e12) if peak else None
+    return {
+        "steps": len(rows),
+        "skipped_updates": sum(row["skipped_update"] for row in rows),
+        "train_tokens": sum(row["real_tokens"] for row in rows),
+        "trained_tokens": sum(row["trained_tokens"] for row in rows),
+        "tokens_per_s_per_gpu": rate,
+        "train_s": sum(row["step_time_s"] for row in rows),
+        "mfu_4n": mfu,
+        "hfu_6n": mfu * (1.5 if gradient_checkpointing else 1) if mfu else None,
+        "peak_tflops_assumed": peak,
+    }
+
+
+def finish(
+    args, plan: dict, folder: Path, eval_loss_after: float, peak_gib: float | None, wall_s: float
+) -> None:
+    """Writes the plots and, last of all, summary.json (the mark of a finished run); prints ten lines."""
+    rows = read_metrics(folder)
+    before = json.loads((folder / "eval_before.json").read_text())["eval_loss_before"]
+    summary = summarise(rows, plan, args.gradient_checkpointing) | {
+        "eval_loss_before": before,
+        "eval_loss_after": eval_loss_after,
+        "perplexity_before": math.exp(before),
+        "perplexity_after": math.exp(eval_loss_after),
+        "peak_reserved_gib": peak_gib,
+        "predicted_peak_gib": plan["predicted_peak_gib"],
+        "peak_host_rss_gib": max(row["peak_host_rss_gib"] for row in rows),
+        "train_rows": plan["train"]["documents"],
+        "eval_rows": plan["eval"]["documents"],
+        "padding_share": plan["train"]["padding_share"],
+        "trained_share": plan["train"]["trained_share"],
+        "rows_skipped": sum(value for key, value in plan["train"].items() if key.startswith("skipped_")),
+        "rows_cut": plan["train"]["prompt_cut"],
+        "world_size": plan["world_size"],
+        "dtype": plan["dtype"],
+        "gpu_name": plan["gpu_name"],
+        "wall_s": wall_s,
+    }
+    plot_loss(folder / "loss.png", rows, before, eval_loss_after)
+    plot_memory(folder / "memory.png", rows, plan)
+    write_json(folder / SUMMARY, summary)
+    mfu = (
+        f"{summary['mfu_4n']:.1%} (4N), HFU {summary['hfu_6n']:.1%} (6N)"
+        if summary["mfu_4n"]
+        else "not defined on CPU"
+    )
+    peak = (
+        f"{peak_gib:.2f} GiB of GPU memory"
+        if peak_gib
+        else f"{summary['peak_host_rss_gib']:.2f} GiB of host memory"
+    )
+    merge = Path(sys.argv[0]).with_name("merge_adapter.py")
+    for line in (
+        "",
+        f"perplexity   {summary['perplexity_before']:.3f} before, {summary['perplexity_after']:.3f} after "
+        f"(loss {before:.4f} -> {eval_loss_after:.4f} on {plan['eval']['documents']} rows)",
+        f"throughput   {summary['tokens_per_s_per_gpu']:,.0f} real tokens/s per GPU, MFU {mfu}",
+        f"peak         {peak} per rank, {plan['predicted_peak_gib']:.2f} GiB predicted for a GPU",
+        f"tokens       {summary['train_tokens']:,} seen, {summary['trained_share']:.0%} of positions trained, "
+        f"{summary['padding_share']:.1%} padding",
+        f"rows         {plan['train']['documents']} trained, {summary['rows_skipped']} skipped, "
+        f"{summary['rows_cut']} cut; {summary['skipped_updates']} updates skipped for overflow",
+        f"time         {summary['steps']} steps in {summary['train_s']:.0f} s, {wall_s:.0f} s with start and evaluation",
+        f"plots        {folder / 'loss.png'}, memory.png",
+        f"adapter      {folder / 'adapter_model.safetensors'}",
+        f"next         python {merge} --adapter {folder} --output_dir MERGED_MODEL",
+    ):
+        log.info(line)
+
+
+def plot_loss(path: Path, rows: list[dict], before: float, after: float) -> None:
+    """Loss of every step, its moving average, and the evaluation losses at both ends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = [(row["step"], row["loss"]) for row in rows if row["loss"] is not None]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    if points:
+        steps, losses = zip(*points, strict=True)
+        axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training loss")
+        window = max(1, len(losses) // 20)
+        averages = [sum(losses[max(0, i - window + 1) : i + 1]) / len(losses[max(0, i - window + 1) : i + 1])
+                    for i in range(len(losses))]  # fmt: skip
+        axes.plot(steps, averages, color="tab:blue", label=f"mean of {window} steps")
+    last = rows[-1]["step"]
+    axes.plot(
+        [0, last], [before, after], "o", color="tab:red", label="evaluation loss before and after", zorder=3
+    )
+    for x, loss, side in ((0, before, "left"), (last, after, "right")):
+        axes.annotate(
+            f"{loss:.3f}", (x, loss), xytext=(0, 8), textcoords="offset points", ha=side, color="tab:red"
+        )
+    axes.margins(y=0.12)
+    axes.set(xlabel="optimizer step", ylabel="loss per answer token (nats)", title="LoRA fine-tuning: loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_memory(path: Path, rows: list[dict], plan: dict) -> None:
+    """Left: the predicted peak, part by part. Right: what was measured, step by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    parts = plan["predicted_parts_gib"]
+    unit, scale = ("GiB", 1) if plan["predicted_peak_gib"] >= 1 else ("MiB", 1024)
+    labels = sorted(parts, key=parts.get)
+    values = [parts[name] * scale for name in labels]
+    bars = left.barh(labels, values, color="tab:blue")
+    left.bar_label(bars, fmt="%.2f", padding=3)
+    left.margins(x=0.18)
+    left.set(xlabel=unit, title=f"predicted peak of one GPU: {plan['predicted_peak_gib'] * scale:.2f} {unit}")
+    steps = [row["step"] for row in rows]
+    if rows[-1]["peak_reserved_gib"] is not None:
+        right.plot(steps, [row["peak_reserved_gib"] for row in rows], label="measured (rank 0)")
+        right.axhline(plan["predicted_peak_gib"], color="tab:orange", linestyle="--", label="predicted")
+        right.axhline(plan["gpu_limit_gib"], color="tab:red", label="limit")
+        right.set(ylabel="GiB", title="peak reserved GPU memory")
+        right.legend()
+    else:
+        right.plot(steps, [row["peak_host_rss_gib"] for row in rows])
+        right.set(ylabel="GiB", title="host memory, rank 0 (no GPU in this run)")
+    right.set_ylim(0, 1.1 * right.get_ylim()[1])
+    right.set_xlabel("optimizer step")
+    right.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,187 @@
+"""The output folder: whose run it is, which checkpoint counts, and files that survive a kill.
+
+A checkpoint counts only with its marker (`complete.json`), which is written last: half-written ones are
+removed at the next start and never resumed from. `summary.json` is the marker of a finished run.
+"""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+from . import UserError
+
+MARKER = "complete.json"
+CONFIG = "run_config.json"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+ADAPTER = "adapter_model.safetensors"
+OURS = (
+    *(CONFIG, METRICS, SUMMARY, "training.log", "eval_before.json", "loss.png", "memory.png", "README.md"),
+    *(ADAPTER, "adapter_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "chat_template.jinja", "training_args.bin", "runs", "tiny_llama"),
+)
+
+
+def to_json(value: object) -> object:
+    """Replaces NaN and infinities by null, recursively: the files stay valid JSON."""
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes sorted JSON to a neighbour file and renames it: readers see the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as out:
+        json.dump(to_json(value), out, indent=2, sort_keys=True, allow_nan=False)
+        out.write("\n")
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(path)
+
+
+@contextmanager
+def claim(folder: Path):
+    """Holds the folder against a second run while the block runs. The lock is the kernel's (flock, shared
+    with forked ranks) and disappears with the last process that holds it, however that ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output_dir {folder}: another run is writing there; wait or name another"
+            ) from None
+        yield
+
+
+def finished(folder: Path) -> bool:
+    return (folder / SUMMARY).exists()
+
+
+def check_owner(folder: Path, identity: dict) -> None:
+    """Raises UserError unless the folder is empty or holds a run of the same `identity`."""
+    stored_path = folder / CONFIG
+    if not stored_path.exists():
+        foreign = sorted(e.name for e in folder.iterdir() if e.name not in (*OURS, ".lock"))
+        if foreign:
+            raise UserError(
+                f"--output_dir {folder}: holds {foreign[0]} but no {CONFIG}; name an empty or new folder"
+            )
+        return
+    try:
+        stored = json.loads(stored_path.read_text())["identity"]
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{stored_path}: cannot be read ({error}); --overwrite starts anew") from error
+    different = [
+        f"--{key} {stored.get(key)} there, {identity.get(key)} here"
+        for key in sorted(stored.keys() | identity.keys())
+        if stored.get(key) != identity.get(key)
+    ]
+    if different:
+        raise UserError(
+            f"--output_dir {folder} holds another run ({'; '.join(different)}); "
+            "name another folder, or --overwrite starts anew"
+        )
+
+
+def check_same_inputs(folder: Path, plan: dict) -> None:
+    """Raises UserError if a run to be resumed would see other data, weights or another number of ranks."""
+    if not (folder / CONFIG).exists():
+        return
+    stored = json.loads((folder / CONFIG).read_text())["plan"]
+    if not complete_checkpoints(folder):
+        return
+    if stored["world_size"] != plan["world_size"]:
+        raise UserError(
+            f"--output_dir {folder}: was started on {stored['world_size']} GPUs, {plan['world_size']} here; ZeRO-3 "
+            "checkpoints need the same number (or --overwrite starts anew)"
+        )
+    for key, what in (("data_sha256", "the rows of --data_path"), ("model_revision", "the model on the hub")):
+        if stored[key] != plan[key]:
+            raise UserError(
+                f"--output_dir {folder}: {what} changed since the run began; --overwrite starts anew"
+            )
+
+
+def clear(folder: Path) -> None:
+    """Removes what a run wrote, and nothing else."""
+    for path in [*(folder / name for name in OURS), *folder.glob("checkpoint-*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints with a marker, oldest first."""
+    return sorted((marker.parent for marker in folder.glob(f"checkpoint-*/{MARKER}")), key=step_of)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; removes half-written ones, and metrics rows after that step."""
+    complete = complete_checkpoints(folder)
+    for path in set(folder.glob("checkpoint-*")) - set(complete):
+        shutil.rmtree(path)
+    metrics = folder / METRICS
+    if metrics.exists():
+        last_step = step_of(complete[-1]) if complete else 0
+        rows = [line for line in metrics.read_text().split("\n") if line and _step_in(line) <= last_step]
+        temporary = metrics.with_suffix(".tmp")
+        temporary.write_text("".join(f"{row}\n" for row in rows))
+        temporary.replace(metrics)
+    return complete[-1] if complete else None
+
+
+def _step_in(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # the last line of a killed run may be cut
+        return math.inf
+
+
+def mark_complete(checkpoint: Path, keep: int) -> None:
+    """Flushes the checkpoint to disk, writes its marker, then deletes all but the newest `keep`."""
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stored:
+                os.fsync(stored.fileno())
+    write_json(checkpoint / MARKER, {"step": step_of(checkpoint)})
+    for old in complete_checkpoints(checkpoint.parent)[:-keep]:
+        (old / MARKER).unlink()
+        shutil.rmtree(old)
+
+
+# --- disk ---------------------------------------------------------------------------------------------
+
+
+def disk_full(error: BaseException, folder: Path) -> bool:
+    """Whether `error`, or what caused it, comes from a full disk or quota. torch.save and safetensors wrap
+    the operating system's error in their own, so the free space is looked at too."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if any(text in str(seen) for text in ("No space left", "Disk quota exceeded", "os error 28")):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    writing = any(text in str(error) for text in ("PytorchStreamWriter", "inline_container", "SafetensorError"))
+    return writing and shutil.disk_usage(folder).free < 2**20

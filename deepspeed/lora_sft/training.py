@@ -1,0 +1,441 @@
+"""One rank of the training run: engine, Trainer, callbacks that see, count and stop, evaluation."""
+
+import gc
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from . import UserError, adapter, report, run_folder
+from .arguments import Arguments
+from .data import IGNORE, Document, Packed, pack, set_up_tokenizer
+from .ranks import STOPPED, StopRequest
+
+log = logging.getLogger("lora_sft")
+
+WARMUP_STEPS_UNTIMED = 3  # DeepSpeed records its prefetch trace in the first steps
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+# --- start --------------------------------------------------------------------------------------------
+
+
+def start_distributed(args: Arguments) -> dict:
+    """Joins the process group; returns the extra TrainingArguments the device needs.
+
+    On CPU, Trainer's own detection would not start DeepSpeed's communication (it reports MULTI_CPU), so the
+    state is configured first. DeepSpeed's shared-memory op serves inference only; declaring it incompatible
+    avoids a compiler run at start and a lock file that a killed run would leave.
+    """
+    rank = int(os.environ["LOCAL_RANK"])
+    if args.device == "cuda":
+        torch.cuda.set_device(rank)
+        cap = os.environ.get("GPU_MEMORY_CAP_GIB")
+        if cap:
+            total = torch.cuda.get_device_properties(rank).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, float(cap) * 2**30 / total))
+        deepspeed.init_distributed()
+        return {}
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
+    state = PartialState(cpu=True)
+    state.distributed_type = DistributedType.DEEPSPEED
+    return {"use_cpu": True, "accelerator_config": {"use_configured_state": True}}
+
+
+def training_arguments(args: Arguments, plan: dict, **extra) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=args.output_dir,
+        deepspeed=plan["zero_config"],
+        per_device_train_batch_size=args.rows_per_micro_batch,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        num_train_epochs=args.num_train_epochs,
+        max_steps=args.max_steps,
+        learning_rate=args.learning_rate,
+        warmup_steps=args.warmup_ratio,  # below 1: a share of all steps
+        lr_scheduler_type=args.lr_scheduler_type,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        optim="adamw_torch",
+        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        fp16=plan["dtype"] == "fp16",
+        bf16=plan["dtype"] == "bf16",
+        seed=args.seed,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=args.save_steps,
+        save_total_limit=None,  # Trainer would delete old checkpoints before the new marker exists
+        report_to=args.report_to,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=args.device == "cuda",
+        **extra,
+    )
+
+
+def load_model(args: Arguments, plan: dict, tokenizer) -> torch.nn.Module:
+    """The frozen base, partitioned over the ranks while it loads (zero.Init: Trainer's arguments exist
+    already), with LoRA adapters on top."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[plan["dtype"]]
+    model = AutoModelForCausalLM.from_pretrained(plan["model_folder"], dtype=dtype, attn_implementation="sdpa")
+    model.config.use_cache = False  # with a cache, packed documents would see each other
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.enable_input_require_grads()  # a frozen embedding otherwise cuts checkpointed layers off the graph
+    targets = args.lora_target_modules
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+        revision=plan["model_revision"],
+    )
+    set_seed(args.seed)  # the same lora_A on every rank
+    model = get_peft_model(model, lora)
+    model.peft_config["default"].base_model_name_or_path = args.model_name_or_path
+    return model
+
+
+# --- self-test and evaluation -------------------------------------------------------------------------
+
+
+def to_device(packed: Packed, rows: slice, device: torch.device) -> dict[str, torch.Tensor]:
+    """Model inputs [B, S] of some packed rows, and their labels."""
+    names = ("input_ids", "position_ids", "labels")
+    return {name: torch.from_numpy(getattr(packed, name)[rows].astype(np.int64)).to(device) for name in names}
+
+
+def logits_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[B, S, V]; `use_cache=False` keeps packed documents apart, in evaluation too."""
+    return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+
+
+@torch.no_grad()
+def packing_self_test(model: torch.nn.Module, vocab_size: int, device: torch.device) -> float:
+    """Compares a document's logits packed behind another one with those alone; returns the relative error.
+
+    Raises UserError if they differ by more than rounding: a transformers version that no longer derives the
+    block-diagonal mask from `position_ids` would otherwise train on documents that see each other.
+    """
+    draw = np.random.default_rng(0)
+    first, second = (Document(draw.integers(3, vocab_size, n).tolist(), 1) for n in (21, 37))
+    model.eval()
+    together = pack([second, first], 64, pad_id=0)  # best fit puts the longer one first
+    alone = pack([first], 64, pad_id=0)
+    tail = logits_of(model, to_device(together, slice(None), device))[0, 37 : 37 + 21].float()
+    expected = logits_of(model, to_device(alone, slice(None), device))[0, :21].float()
+    model.train()
+    error = ((tail - expected).norm() / expected.norm()).item()
+    limit = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    if not error < limit:
+        raise UserError(
+            f"packing self-test: packed documents see each other (relative error {error:.2g} above {limit}); "
+            "install the versions of requirements.txt"
+        )
+    return error
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, packed: Packed, rows_per_micro_batch: int, device: torch.device) -> float:
+    """Mean loss per answer token (nats): sum over all ranks / count over all ranks, each row once.
+
+    `len(packed)` must be a multiple of ranks x rows_per_micro_batch (pad-only rows count nothing).
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    starts = range(rank * rows_per_micro_batch, len(packed), world_size * rows_per_micro_batch)
+    for start in tqdm(starts, desc="evaluating", unit="micro-batch", leave=False, disable=rank != 0):
+        batch = to_device(packed, slice(start, start + rows_per_micro_batch), device)
+        logits, targets = logits_of(model, batch)[:, :-1], batch["labels"][:, 1:]
+        answer = targets != IGNORE
+        total[0] += F.cross_entropy(logits[answer].float(), targets[answer], reduction="sum").double()
+        total[1] += answer.sum()
+    if world_size > 1:
+        dist.all_reduce(total)
+    model.train()
+    return (total[0] / total[1]).item()
+
+
+# --- the Trainer --------------------------------------------------------------------------------------
+
+
+class PackedTrainer(Trainer):
+    """Trainer that counts tokens and keeps the last micro-batch for a diagnosis. The rest is Trainer's:
+    token-weighted loss over ranks and accumulation, data order, schedule, checkpoints, resume."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.step_counts = torch.zeros(2, dtype=torch.float64)  # real tokens, answer tokens on this rank
+        self.last_micro_batch: dict[str, torch.Tensor] = {}
+        self.nonfinite_loss = False
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        real_tokens = inputs.pop("real_tokens")
+        self.step_counts += torch.tensor([real_tokens.sum(), (inputs["labels"] != IGNORE).sum()])
+        self.last_micro_batch = inputs
+        loss = super().training_step(model, {**inputs, "use_cache": False}, num_items_in_batch)
+        self.nonfinite_loss |= not torch.isfinite(loss).item()
+        return loss
+
+
+class RunCallback(TrainerCallback):
+    """What happens around the steps: self-test and first evaluation, metrics row, progress bar, stop
+    request, loss scale watch, checkpoint marker."""
+
+    def __init__(self, args: Arguments, plan: dict, eval_rows: Packed, stop: StopRequest) -> None:
+        self.args, self.plan, self.eval_rows, self.stop = args, plan, eval_rows, stop
+        self.folder = Path(args.output_dir)
+        self.trainer: PackedTrainer  # set once the Trainer exists
+        self.bar: tqdm | None = None
+        self.stopped = False
+        self.skipped_in_a_row = 0
+        self.row: dict = {}
+        self.timed: list[tuple[float, float]] = []  # (real tokens per GPU, seconds) after warm-up
+
+    def on_train_begin(self, hf_args, state, control, **_):
+        engine = self.trainer.model_wrapped
+        scaler = getattr(engine.optimizer, "loss_scaler", None)
+        if hasattr(scaler, "raise_error_at_min_scale"):
+            # DeepSpeed would end the run with an exception; on_step_end counts and explains instead.
+            scaler.raise_error_at_min_scale = False
+        error = packing_self_test(engine, engine.module.config.vocab_size, hf_args.device)
+        log.info("packing self-test passed: relative error %.1e between packed and separate documents", error)
+        before = self.folder / "eval_before.json"
+        if not before.exists():
+            loss = evaluate(engine, self.eval_rows, self.args.rows_per_micro_batch, hf_args.device)
+            log.info("evaluation before training: loss %.4f", loss)
+            if state.is_world_process_zero:
+                run_folder.write_json(before, {"eval_loss_before": loss})
+            dist.barrier()
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", smoothing=0.1)
+        if state.global_step >= state.max_steps:  # killed after the last step: only the end is left
+            control.should_training_stop = True
+
+    def on_step_begin(self, hf_args, state, control, **_):
+        self.started_s = time.perf_counter()
+
+    def on_step_end(self, hf_args, state, control, **_):
+        if hf_args.device.type == "cuda":
+            torch.cuda.synchronize()
+        step_time_s = time.perf_counter() - self.started_s
+        trainer, engine = self.trainer, self.trainer.model_wrapped
+        flags = torch.tensor([float(bool(self.stop)), float(trainer.nonfinite_loss)], dtype=torch.float64)
+        sums = torch.cat([trainer.step_counts, flags]).to(hf_args.device)
+        dist.all_reduce(sums)  # all ranks stop at the same step
+        real_tokens, trained_tokens, stop, nonfinite = sums.tolist()
+        trainer.step_counts.zero_()
+        trainer.nonfinite_loss = False
+        skipped = bool(getattr(engine.optimizer, "overflow", False))
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        tokens_per_gpu = real_tokens / hf_args.world_size
+        self.row = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "step_time_s": step_time_s,
+            "real_tokens": int(real_tokens),
+            "trained_tokens": int(trained_tokens),
+            "tokens_per_s_per_gpu": tokens_per_gpu / step_time_s,
+            "peak_reserved_gib": report.peak_reserved_gib(hf_args.device),
+            "peak_host_rss_gib": report.peak_host_rss_gib(),
+            "loss_scale": engine.loss_scale() if self.plan["dtype"] == "fp16" else None,
+            "skipped_update": skipped,
+            "nonfinite_loss": bool(nonfinite),
+        }
+        if state.global_step > WARMUP_STEPS_UNTIMED:
+            self.timed.append((tokens_per_gpu, step_time_s))
+        if len(self.timed) == 1 and state.is_world_process_zero:
+            report.announce_end(step_time_s, state, self.args.max_train_rows)
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            self.give_up(engine, state)
+        if stop:
+            self.stopped = True
+            control.should_save = control.should_training_stop = True
+
+    def give_up(self, engine, state) -> None:
+        """Ends the run with a diagnosis. Every rank runs the forward: its gathers are collective."""
+        where = first_nonfinite(engine, self.trainer.last_micro_batch)
+        checkpoint = next(reversed(run_folder.complete_checkpoints(self.folder)), None)
+        if where:
+            advice = f"the forward pass is already non-finite ({where}): lower --learning_rate or --lora_alpha"
+        else:
+            advice = (
+                "the forward pass is finite, so gradients overflow: lower --learning_rate or --max_seq_len, "
+                "or use --dtype bf16 on a GPU of compute capability 8.0 or higher"
+            )
+        raise UserError(
+            f"{MAX_SKIPPED_IN_A_ROW} updates in a row were skipped for overflow (step {state.global_step}, loss "
+            f"scale {engine.loss_scale():g}); {advice}; last good checkpoint: {checkpoint or 'none yet'}"
+        )
+
+    def on_log(self, hf_args, state, control, logs=None, **_):
+        if not self.row or "loss" not in (logs or {}) or not state.is_world_process_zero:
+            return
+        loss = None if self.row["nonfinite_loss"] else logs["loss"]
+        row = self.row | {
+            "loss": loss,
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": float(logs["grad_norm"]) if "grad_norm" in logs else None,
+        }
+        self.row = {}
+        with (self.folder / run_folder.METRICS).open("a") as out:
+            out.write(json.dumps(run_folder.to_json(row), sort_keys=True) + "\n")
+        rate = row["tokens_per_s_per_gpu"]
+        shown = "non-finite" if loss is None else f"{loss:.4f}"
+        self.bar.set_postfix_str(f"loss {shown}, {rate:,.0f} tokens/s/GPU", refresh=False)
+        self.bar.update(state.global_step - self.bar.n)
+        # The bar owns the terminal; the file gets a line a step.
+        log.debug("step %d/%d loss %s, %.2f s, %.0f tokens/s/GPU", row["step"], state.max_steps, shown,
+                  row["step_time_s"], rate)  # fmt: skip
+        if row["skipped_update"]:
+            log.debug("step %d: update skipped (overflow), loss scale now %g", row["step"], row["loss_scale"])
+
+    def on_save(self, hf_args, state, control, **_):
+        dist.barrier()  # every rank has written its part
+        if state.is_world_process_zero:
+            checkpoint = self.folder / f"checkpoint-{state.global_step}"
+            run_folder.mark_complete(checkpoint, self.args.save_total_limit)
+            log.debug("saved %s", checkpoint)
+        dist.barrier()
+
+    def on_train_end(self, hf_args, state, control, **_):
+        if self.bar:
+            self.bar.close()
+
+
+def first_nonfinite(engine: torch.nn.Module, micro_batch: dict[str, torch.Tensor]) -> str | None:
+    """Runs a forward pass on all ranks and names the first module on any rank with a non-finite output."""
+    found: list[str] = []
+    hooks = []
+
+    def watch(name: str):
+        def hook(_module, _inputs, output):
+            tensor = output[0] if isinstance(output, tuple) else output
+            if found or not torch.is_tensor(tensor) or not tensor.is_floating_point():
+                return
+            if not torch.isfinite(tensor).all():
+                found.append(name)
+
+        return hook
+
+    for name, module in engine.module.named_modules():
+        if (name and not list(module.children())) or name.endswith(("self_attn", "mlp")):
+            hooks.append(module.register_forward_hook(watch(name)))
+    with torch.no_grad():
+        logits_of(engine, micro_batch)
+    for hook in hooks:
+        hook.remove()
+    names: list = [None] * dist.get_world_size()
+    dist.all_gather_object(names, found[0] if found else None)
+    return next((name for name in names if name), None)
+
+
+# --- one rank, start to end ---------------------------------------------------------------------------
+
+
+def set_up_logging(folder: Path, rank: int) -> None:
+    """INFO to the terminal of rank 0, everything to training.log with times; libraries only warn."""
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    if rank:
+        log.addHandler(logging.NullHandler())
+        return
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setLevel(logging.INFO)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    file = logging.FileHandler(folder / "training.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.handlers = [terminal, file]
+    logging.getLogger("py.warnings").addHandler(file)
+
+
+def train_rank(args: Arguments, plan: dict, work_dir: Path, rank: int, stop: StopRequest) -> int:
+    """Trains as one of the ranks; returns the exit code (0 finished, 75 stopped and resumable)."""
+    folder = Path(args.output_dir)
+    set_up_logging(folder, rank)
+    stop.install()
+    started_s = time.perf_counter()
+    try:
+        return _train(args, plan, work_dir, stop, folder, started_s)
+    except UserError:
+        raise
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(
+            f"out of GPU memory ({str(error).split('. ')[0]}); use a smaller --tokens_per_micro_batch "
+            f"(now {args.tokens_per_micro_batch}) or --lora_r; checkpoints are kept"
+        ) from error
+    except Exception as error:
+        if run_folder.disk_full(error, folder):
+            raise UserError(
+                f"the disk or quota of {folder} is full; free some space and run the same command: it resumes "
+                "from the last complete checkpoint"
+            ) from error
+        log.error("rank %d failed: %s: %s", rank, type(error).__name__, error)
+        raise
+
+
+def _train(args, plan, work_dir, stop, folder, started_s) -> int:
+    extra = start_distributed(args)
+    hf_args = training_arguments(args, plan, **extra)
+    tokenizer = AutoTokenizer.from_pretrained(plan["model_folder"])
+    set_up_tokenizer(tokenizer)
+    train_rows, eval_rows = Packed.load(work_dir / "train.npz"), Packed.load(work_dir / "eval.npz")
+    log.info("loading %s, partitioned over %d ranks", args.model_name_or_path, hf_args.world_size)
+    model = load_model(args, plan, tokenizer)
+    callback = RunCallback(args, plan, eval_rows, stop)
+    trainer = callback.trainer = PackedTrainer(
+        model=model,
+        args=hf_args,
+        train_dataset=train_rows,
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+    trainer.remove_callback(PrinterCallback)
+    resume_from = plan["resume_from"]
+    log.info("resuming from %s" if resume_from else "starting at step 0%s", resume_from or "")
+    trainer.train(resume_from_checkpoint=resume_from)
+    if callback.stopped:
+        log.info("stopped at step %d, checkpoint saved; the same command resumes", trainer.state.global_step)
+        return STOPPED
+
+    engine = trainer.model_wrapped
+    eval_loss_after = evaluate(engine, eval_rows, args.rows_per_micro_batch, hf_args.device)
+    trainer.save_model()
+    checked = adapter.check(engine, folder, to_device(eval_rows, slice(0, 1), hf_args.device))
+    log.info("adapter checked: %s", checked)
+    peak_gib = torch.tensor([report.peak_reserved_gib(hf_args.device) or 0.0], device=hf_args.device)
+    dist.all_reduce(peak_gib, dist.ReduceOp.MAX)
+    if hf_args.process_index == 0:
+        report.finish(
+            args, plan, folder, eval_loss_after, peak_gib.item() or None, time.perf_counter() - started_s
+        )
+    del trainer, engine, model
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0

@@ -1,0 +1,108 @@
+"""Fine-tunes Llama-2-7B with LoRA under DeepSpeed ZeRO-3. Start it with run_llama2_7b_lora.sh.
+
+    arguments -> preflight -> data -> model -> Trainer -> adapter and report
+
+This process parses, claims the output folder and forks; a first child does the preflight and tokenises,
+then one child per GPU trains (lora_sft/ranks.py says why). Exit codes: 0 done, 1 a bug, 2 the input or the
+machine, 75 stopped and resumable.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from lora_sft import UserError, run_folder
+from lora_sft.arguments import REHEARSAL, TINY_MODEL, Arguments, parse, read_zero_config
+from lora_sft.ranks import StopRequest, run_in_child, run_ranks
+
+
+def main(argv: list[str]) -> int:
+    try:
+        args = parse(argv)
+        zero_config = read_zero_config(args.deepspeed)
+        set_up_environment(args)
+        folder = Path(args.output_dir)
+        with run_folder.claim(folder), tempfile.TemporaryDirectory(prefix="lora_sft_") as work_dir:
+            return run(args, zero_config, folder, Path(work_dir))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def set_up_environment(args: Arguments) -> None:
+    """What the libraries read at import."""
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU was asked for: no library may find a GPU
+        cores = len(os.sched_getaffinity(0))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // (args.num_gpus or 2))))
+    os.environ["DS_ACCELERATOR"] = args.device
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # counts GPUs without initialising CUDA before the fork
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "10")
+
+
+def run(args: Arguments, zero_config: dict, folder: Path, work_dir: Path) -> int:
+    stop = StopRequest(Path(os.environ.get("STOP_FILE") or work_dir / "stop"))
+    stop.install()
+    only_looking = args.preflight_only or args.download_only
+    if not only_looking:
+        if args.overwrite:
+            run_folder.clear(folder)
+        run_folder.check_owner(folder, args.identity())
+        if run_folder.finished(folder):
+            print(f"{folder} holds this run, finished; nothing to do (--overwrite starts anew)")
+            return 0
+
+    import_shared_libraries()
+    if code := run_in_child(functools.partial(prepare, args, zero_config, work_dir), work_dir, stop):
+        return code
+    if only_looking:
+        print("preflight passed" if args.preflight_only else "model and data are in the cache")
+        return 0
+
+    plan = json.loads((work_dir / "plan.json").read_text())
+    run_folder.check_same_inputs(folder, plan)
+    config = {"identity": args.identity(), "arguments": vars(args), "plan": plan, "commit": commit()}
+    run_folder.write_json(folder / run_folder.CONFIG, config)
+    latest = run_folder.latest_checkpoint(folder)
+    plan["resume_from"] = str(latest) if latest else None
+
+    from lora_sft.training import train_rank
+
+    return run_ranks(lambda rank: train_rank(args, plan, work_dir, rank, stop), plan["world_size"], work_dir)
+
+
+def import_shared_libraries() -> None:
+    """Before any fork, so that the children share them. None of these initialises CUDA."""
+    import torch  # noqa: F401
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+
+def prepare(args: Arguments, zero_config: dict, work_dir: Path) -> int:
+    """The first child: in a rehearsal it builds the tiny model, then preflight, tokens and the plan."""
+    from lora_sft import preflight
+
+    if args.rehearse and args.model_name_or_path == str(Path(args.output_dir) / TINY_MODEL):
+        sys.path.insert(0, str(REHEARSAL))
+        from tiny_model import build_llama
+
+        build_llama(Path(args.model_name_or_path))
+    return preflight.run(args, zero_config, work_dir)
+
+
+def commit() -> str | None:
+    """The repository's commit, with "-dirty" if files differ; None outside git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

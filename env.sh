@@ -1,0 +1,70 @@
+# shellcheck shell=bash
+# Sourced by the Makefile, by the launcher and by you (`source env.sh`): activates the environment, and
+# with LLM_STORAGE=/some/large/disk moves everything big there: the environment itself (9 GB) and all
+# caches that would otherwise fill the home quota. A cache variable that is already set is left alone.
+
+_repo=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+if [ -n "${LLM_STORAGE:-}" ]; then
+    mkdir -p "$LLM_STORAGE" || { echo "error: LLM_STORAGE=$LLM_STORAGE cannot be created" >&2; return 2; }
+    LLM_STORAGE=$(cd "$LLM_STORAGE" && pwd)
+    export LLM_STORAGE
+    export PIP_CACHE_DIR="${PIP_CACHE_DIR:-$LLM_STORAGE/pip}"
+    export UV_CACHE_DIR="${UV_CACHE_DIR:-$LLM_STORAGE/uv}"
+    export HF_HOME="${HF_HOME:-$LLM_STORAGE/huggingface}"
+    export FLASHINFER_WORKSPACE_BASE="${FLASHINFER_WORKSPACE_BASE:-$LLM_STORAGE/flashinfer}"
+    export TVM_FFI_CACHE_DIR="${TVM_FFI_CACHE_DIR:-$LLM_STORAGE/tvm-ffi}"
+    export TRITON_HOME="${TRITON_HOME:-$LLM_STORAGE/triton}"
+    export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$LLM_STORAGE/torch_extensions}"
+    export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$LLM_STORAGE/torchinductor}"
+    export XDG_CACHE_HOME="${XDG_CACHE_HOME:-$LLM_STORAGE/cache}"  # matplotlib and whatever else asks
+fi
+
+# The first of python3.11, python3.12, python3, python that is 3.11 or 3.12.
+_supported_python() {
+    local candidate
+    for candidate in ${1:-python3.11 python3.12 python3 python}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+            command -v "$candidate"
+            return 0
+        fi
+    done
+    echo "error: Python 3.11 or 3.12 is needed; found $(python3 --version 2>&1)." \
+        "Load a module or name one: make PYTHON=/path/to/python3.11 ..." >&2
+    return 2
+}
+
+# install_environment VENV LOCK [PYTHON]: the stamp VENV/.installed is written last, so an installation
+# that was interrupted is done again. `venv --without-pip` works without Debian's python3-venv package.
+install_environment() (
+    set -eu
+    cd "$_repo"
+    python=$(_supported_python "${3:-}")
+    if [ -n "${LLM_STORAGE:-}" ] && [ ! -d "$1" ]; then
+        target="$LLM_STORAGE/$(basename "$1")-$(cksum <"$2" | cut -d' ' -f1)"
+        mkdir -p "$target"
+        ln -sfn "$target" "$1"
+    fi
+    echo "Installing $2 into $1 with $("$python" --version) (once; 9 GB, minutes)"
+    rm -f "$1/.installed"
+    [ -x "$1/bin/python" ] || "$python" -m venv --without-pip "$1"
+    uv=$(command -v uv || true)
+    if [ -z "$uv" ]; then
+        "$python" -m pip --disable-pip-version-check --python "$1/bin/python" install -q \
+            "$(grep '^uv==' "$2")" && uv=$1/bin/uv || echo "uv is not to be had: pip does the work (10 minutes)"
+    fi
+    if [ -n "$uv" ]; then
+        "$uv" pip install -q --python "$1/bin/python" --compile-bytecode -r "$2"
+    else
+        "$python" -m pip --disable-pip-version-check --python "$1/bin/python" install -q -r "$2"
+    fi
+    touch "$1/.installed"
+)
+
+# An environment that is active stays; VENV names another than .venv.
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || [ -n "${VENV:-}" ]; then
+    if [ -x "$_repo/${VENV:-.venv}/bin/python" ]; then
+        export VIRTUAL_ENV="$_repo/${VENV:-.venv}"
+        export PATH="$VIRTUAL_ENV/bin:$PATH"
+    fi
+fi
