@@ -1,10 +1,295 @@
-"""The training run on 2 CPU ranks of real DeepSpeed ZeRO-3, against plain references."""
+"""The training run on 2 CPU ranks of real DeepSpeed ZeRO-3, against plain references in one process."""
 
 import json
+import math
+from pathlib import Path
+
+import pytest
+from harness import ROOT, fork
+
+CONTRACT = {
+    *("training.log", "metrics.jsonl", "run_config.json", "summary.json", "loss.png", "memory.png"),
+    *("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"),
+}
+METRICS = {
+    *("step", "loss", "learning_rate", "grad_norm", "loss_scale", "step_time_s", "tokens_per_s_per_gpu"),
+    *("peak_reserved_gib", "real_tokens", "trained_tokens"),
+}
+SUMMARY = {
+    *("eval_loss_before", "eval_loss_after", "perplexity_before", "perplexity_after", "tokens_per_s_per_gpu"),
+    *("peak_reserved_gib", "predicted_peak_gib", "mfu_4n", "hfu_6n", "train_rows", "train_tokens"),
+    *("padding_share", "steps", "wall_s", "world_size"),
+}
 
 
-def test_quick(start, quick, tmp_path):
-    code, text = start(*quick, "--output_dir", tmp_path / "out").wait()
-    print(text)
-    assert code == 0
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 6
+def rows_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary_of(out: Path) -> dict:
+    return json.loads((out / "summary.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def parity_flags(quick) -> list[str]:
+    return [*quick, "--lora_dropout", "0", "--max_steps", "4", "--tokens_per_micro_batch", "384"]
+
+
+@pytest.fixture(scope="session")
+def two_ranks(libraries, parity_flags, tmp_path_factory) -> Path:
+    """Output of ZeRO-3 on 2 ranks, 2 rows each, no dropout: what the references are compared with."""
+    out = tmp_path_factory.mktemp("two_ranks") / "out"
+    run = fork(lambda: libraries.main([*parity_flags, "--output_dir", str(out)]), out.parent / "terminal.txt")
+    code, text = run.wait()
+    assert code == 0, text
+    return out
+
+
+@pytest.fixture(scope="session")
+def one_process(libraries, two_ranks, scratch) -> dict:
+    """The same run in one process without DeepSpeed: losses, grad norms, evaluation, adapter tensors."""
+    from lora_sft import data, training
+    from lora_sft.arguments import Arguments
+    from transformers import AutoTokenizer
+
+    config = json.loads((two_ranks / "run_config.json").read_text())
+
+    def reference() -> int:
+        import torch
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        args, plan = Arguments(**config["arguments"]), config["plan"] | {"zero_config": None}
+        args.output_dir, args.tokens_per_micro_batch = str(scratch / "reference"), 768
+        tokenizer = AutoTokenizer.from_pretrained(plan["model_folder"])
+        data.set_up_tokenizer(tokenizer)
+        rows = data.read_file(Path(args.data_path))
+        train, held_out = data.split_rows(rows, [], args.max_train_rows, args.max_eval_rows, args.seed)
+        packed = data.prepare(train, tokenizer, args.max_seq_len, 4, "train")
+        evaluation = data.prepare(held_out, tokenizer, args.max_seq_len, 4, "eval")
+        hf_args = training.training_arguments(args, plan, use_cpu=True)
+        model = training.load_model(args, plan, tokenizer)
+        trainer = training.PackedTrainer(model=model, args=hf_args, train_dataset=packed)
+        before = training.evaluate(model, evaluation, 4, torch.device("cpu"))
+        trainer.train()
+        result = {
+            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "grad_norms": [float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry],
+            "before": before,
+            "after": training.evaluate(model, evaluation, 4, torch.device("cpu")),
+        }
+        (scratch / "reference.json").write_text(json.dumps(result))
+        save_file(get_peft_model_state_dict(model), scratch / "reference.safetensors")
+        return 0
+
+    code, text = fork(reference, scratch / "reference.txt").wait()
+    assert code == 0, text
+    return json.loads((scratch / "reference.json").read_text())
+
+
+def assert_same_course(out: Path, reference: dict, tolerance: float = 2e-6) -> None:
+    rows = rows_of(out)
+    assert [row["loss"] for row in rows] == pytest.approx(reference["losses"], abs=tolerance)
+    assert [row["grad_norm"] for row in rows] == pytest.approx(reference["grad_norms"], rel=1e-4)
+
+
+@pytest.mark.v100
+def test_two_zero3_ranks_equal_one_process(two_ranks, one_process):
+    assert_same_course(two_ranks, one_process)
+
+
+def test_evaluation_equals_one_process(two_ranks, one_process):
+    summary = summary_of(two_ranks)
+    assert summary["eval_loss_before"] == pytest.approx(one_process["before"], abs=1e-6)
+    assert summary["eval_loss_after"] == pytest.approx(one_process["after"], abs=1e-5)
+
+
+def test_adapter_equals_one_process(two_ranks, one_process, scratch):
+    from safetensors.torch import load_file
+
+    ours, reference = load_file(two_ranks / "adapter_model.safetensors"), load_file(scratch / "reference.safetensors")
+    assert set(ours) == set(reference)
+    assert len(ours) == 4 * 7 * 2  # layers x linear modules x (A, B)
+    for name in ours:
+        assert (ours[name] - reference[name]).abs().max().item() < 1e-4, name
+
+
+def test_gradient_accumulation_equals_a_larger_micro_batch(start, parity_flags, one_process, tmp_path):
+    flags = [*parity_flags, "--tokens_per_micro_batch", "192", "--gradient_accumulation_steps", "2"]
+    code, text = start(*flags, "--output_dir", tmp_path / "out").wait()
+    assert code == 0, text
+    assert_same_course(tmp_path / "out", one_process)
+
+
+def test_parity_with_resident_layers_and_separate_hooks(start, parity_flags, one_process, tmp_path):
+    """The other end of the JSON: persistence threshold above every matrix of a layer, no leaf module."""
+    config = json.loads((ROOT / "deepspeed" / "zero3.json").read_text())
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 100_000}
+    del config["zero_optimization"]["leaf_module"]
+    (tmp_path / "zero.json").write_text(json.dumps(config))
+    flags = [*parity_flags, "--deepspeed", tmp_path / "zero.json", "--output_dir", tmp_path / "out"]
+    code, text = start(*flags).wait()
+    assert code == 0, text
+    assert "scaled to" not in text
+    assert_same_course(tmp_path / "out", one_process)
+
+
+def test_weights_are_partitioned_and_gathered_per_layer(start, quick, tmp_path):
+    """At rest base and LoRA matrices hold nothing on a rank; a decoder layer is gathered as one unit."""
+    seen = tmp_path / "seen.json"
+
+    def observe():
+        import os
+
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+        from lora_sft import training
+
+        begin, fetch = training.RunCallback.on_train_begin, PartitionedParameterCoordinator.fetch_sub_module
+        fetched: list[str] = []
+
+        def counting_fetch(self, module, forward):
+            if forward:
+                fetched.append(type(module).__name__)
+            return fetch(self, module, forward)
+
+        def on_train_begin(self, *args, **kwargs):
+            model = self.trainer.model_wrapped.module
+            at_rest = {
+                name: [p.numel(), p.ds_numel, p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+                for name, p in model.named_parameters()
+            }
+            fetched.clear()
+            begin(self, *args, **kwargs)  # runs forward passes
+            if os.environ["RANK"] == "0":
+                seen.write_text(json.dumps({"at_rest": at_rest, "fetched": fetched}))
+
+        PartitionedParameterCoordinator.fetch_sub_module = counting_fetch
+        training.RunCallback.on_train_begin = on_train_begin
+
+    code, text = start(*quick, "--max_steps", "1", "--output_dir", tmp_path / "out", patch=observe).wait()
+    assert code == 0, text
+    assert "stage3_param_persistence_threshold 1,000,000 scaled to 976" in text
+    result = json.loads(seen.read_text())
+    matrices = {name: state for name, state in result["at_rest"].items() if state[1] > 976}
+    assert len(matrices) == 2 + 4 * 7 + 4 * 7 * 2  # embedding and head, base matrices, LoRA A and B
+    for name, (held, _, partitioned) in matrices.items():
+        assert partitioned, name
+        assert held == 0, name
+    fetched = result["fetched"]
+    forwards = fetched.count("LlamaForCausalLM")
+    assert forwards >= 3  # self-test and evaluation
+    assert fetched.count("LlamaDecoderLayer") == 4 * forwards
+    assert "LlamaMLP" not in fetched
+    assert "LlamaAttention" not in fetched
+
+
+def test_artefacts_follow_the_contract(two_ranks):
+    assert {path.name for path in two_ranks.iterdir()} >= CONTRACT
+    assert set(summary_of(two_ranks)) >= SUMMARY
+    rows = rows_of(two_ranks)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert set(row) >= METRICS
+    summary, config = summary_of(two_ranks), json.loads((two_ranks / "run_config.json").read_text())
+    assert summary["train_tokens"] == sum(row["real_tokens"] for row in rows)
+    assert summary["perplexity_after"] == pytest.approx(math.exp(summary["eval_loss_after"]))
+    assert summary["world_size"] == 2
+    assert len(config["plan"]["data_sha256"]) == 64
+    assert config["plan"]["zero_config"]["zero_optimization"]["stage"] == 3
+    for picture in ("loss.png", "memory.png"):
+        assert (two_ranks / picture).read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
+def test_rehearsal_learns(start, tiny_model, tmp_path, seed):
+    flags = ["--rehearse", "--model_name_or_path", tiny_model, "--seed", seed, "--max_steps", "20"]
+    code, text = start(*flags, "--output_dir", tmp_path / "out").wait()
+    assert code == 0, text
+    summary = summary_of(tmp_path / "out")
+    assert summary["eval_loss_after"] < 0.95 * summary["eval_loss_before"]
+
+
+def test_learning_rate_zero_learns_nothing(start, quick, tmp_path):
+    code, text = start(*quick, "--max_steps", "2", "--learning_rate", "0", "--output_dir", tmp_path / "out").wait()
+    assert code == 0, text
+    summary = summary_of(tmp_path / "out")
+    assert summary["eval_loss_after"] == summary["eval_loss_before"]
+
+
+def allow_fp16_on_cpu():
+    """DeepSpeed asks the CPU for fp16 instructions; its own fp16 path runs without them, slowly."""
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+
+
+@pytest.mark.parametrize(
+    ("flags", "diagnosis"),
+    [
+        # The adapter's gradients are scaled with alpha / r: they overflow at every loss scale.
+        (["--lora_alpha", "2000000000"], "the forward pass is finite, so gradients overflow"),
+        # The first update throws the adapter so far that the next forward overflows.
+        (["--learning_rate", "1e5"], "the forward pass is already non-finite (base_model.model.model.layers.0."),
+    ],
+)
+def test_fp16_overflow_ends_with_a_diagnosis(start, quick, tmp_path, flags, diagnosis):
+    out = tmp_path / "out"
+    common = [*quick, "--dtype", "fp16", "--max_steps", "60", "--save_steps", "1", "--warmup_ratio", "0"]
+    code, text = start(*common, *flags, "--output_dir", out, patch=allow_fp16_on_cpu).wait()
+    assert code == 2, text
+    assert "20 updates in a row were skipped for overflow" in text
+    assert diagnosis in text
+    assert "loss scale already at minimum" not in text
+    assert f"last good checkpoint: {out / 'checkpoint-'}" in text
+    rows = rows_of(out)
+    assert sum(row["skipped_update"] for row in rows) >= 19
+    assert rows[-1]["loss_scale"] == 1.0
+    assert text.count("error:") == 1  # both ranks raise, one line is printed
+
+
+def test_loss_scaler_attribute_exists():
+    """No JSON switch exists for it; if DeepSpeed renames it, runs would die at the minimum scale again."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    scaler = DynamicLossScaler(2**4, 1000, 1, 1, False)
+    assert scaler.raise_error_at_min_scale is True
+
+
+def test_a_model_that_sees_other_documents_is_refused(start, quick, tmp_path):
+    def break_packing():
+        from lora_sft import training
+
+        def leaky(model, batch):
+            ones = batch["input_ids"].new_ones(batch["input_ids"].shape)  # a mask switches the detection off
+            return model(**{k: v for k, v in batch.items() if k != "labels"}, attention_mask=ones).logits
+
+        training.logits_of = leaky
+
+    code, text = start(*quick, "--output_dir", tmp_path / "out", patch=break_packing).wait()
+    assert code == 2
+    assert "packing self-test: packed documents see each other" in text
+
+
+def test_packed_loss_equals_separate_documents(libraries, tiny_model, tokenizer, scratch):
+    """Token-weighted loss of packed rows = that of every document alone."""
+    from lora_sft import data, training
+
+    def compare() -> int:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        rows = data.read_file(ROOT / "rehearsal" / "preferences.jsonl")[:12]
+        documents, _ = data.tokenise(rows, tokenizer, 192)
+        packed = data.pack(documents, 192, 0)
+        alone = [data.pack([document], 192, 0) for document in documents]
+        assert len(packed) < len(alone)
+        device = torch.device("cpu")
+        losses = [training.evaluate(model, one, 1, device) * (one.labels[:, 1:] != -100).sum() for one in alone]
+        counts = sum((one.labels[:, 1:] != -100).sum() for one in alone)
+        assert abs(training.evaluate(model, packed, 2, device) - sum(losses) / counts) < 1e-5
+        return 0
+
+    code, text = fork(compare, scratch / "packed.txt").wait()
+    assert code == 0, text

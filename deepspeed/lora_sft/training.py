@@ -22,6 +22,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 
@@ -85,6 +86,7 @@ def training_arguments(args: Arguments, plan: dict, **extra) -> TrainingArgument
         fp16=plan["dtype"] == "fp16",
         bf16=plan["dtype"] == "bf16",
         seed=args.seed,
+        data_seed=args.seed,  # otherwise the order depends on who touched torch's generator before
         logging_steps=1,
         save_strategy="steps",
         save_steps=args.save_steps,
@@ -148,6 +150,9 @@ def packing_self_test(model: torch.nn.Module, vocab_size: int, device: torch.dev
     alone = pack([first], 64, pad_id=0)
     tail = logits_of(model, to_device(together, slice(None), device))[0, 37 : 37 + 21].float()
     expected = logits_of(model, to_device(alone, slice(None), device))[0, :21].float()
+    if not torch.isfinite(expected).all():
+        where = first_nonfinite(model, to_device(alone, slice(None), device))
+        raise UserError(f"the base model's forward pass overflows in {where}; use --dtype bf16 or fp32")
     model.train()
     error = ((tail - expected).norm() / expected.norm()).item()
     limit = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
@@ -197,6 +202,8 @@ class PackedTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         real_tokens = inputs.pop("real_tokens")
         self.step_counts += torch.tensor([real_tokens.sum(), (inputs["labels"] != IGNORE).sum()])
+        if inputs.keys() != {"input_ids", "labels", "position_ids"}:
+            raise RuntimeError(f"{sorted(inputs)}: with an attention_mask packed documents would see each other")
         self.last_micro_batch = inputs
         loss = super().training_step(model, {**inputs, "use_cache": False}, num_items_in_batch)
         self.nonfinite_loss |= not torch.isfinite(loss).item()
@@ -263,7 +270,7 @@ class RunCallback(TrainerCallback):
             "tokens_per_s_per_gpu": tokens_per_gpu / step_time_s,
             "peak_reserved_gib": report.peak_reserved_gib(hf_args.device),
             "peak_host_rss_gib": report.peak_host_rss_gib(),
-            "loss_scale": engine.loss_scale() if self.plan["dtype"] == "fp16" else None,
+            "loss_scale": engine.optimizer.loss_scale if self.plan["dtype"] == "fp16" else None,
             "skipped_update": skipped,
             "nonfinite_loss": bool(nonfinite),
         }
@@ -290,7 +297,7 @@ class RunCallback(TrainerCallback):
             )
         raise UserError(
             f"{MAX_SKIPPED_IN_A_ROW} updates in a row were skipped for overflow (step {state.global_step}, loss "
-            f"scale {engine.loss_scale():g}); {advice}; last good checkpoint: {checkpoint or 'none yet'}"
+            f"scale {engine.optimizer.loss_scale:g}); {advice}; last good checkpoint: {checkpoint or 'none yet'}"
         )
 
     def on_log(self, hf_args, state, control, logs=None, **_):
@@ -371,7 +378,7 @@ def set_up_logging(folder: Path, rank: int) -> None:
     file = logging.FileHandler(folder / "training.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.handlers = [terminal, file]
-    logging.getLogger("py.warnings").addHandler(file)
+
 
 
 def train_rank(args: Arguments, plan: dict, work_dir: Path, rank: int, stop: StopRequest) -> int:
@@ -412,6 +419,7 @@ def _train(args, plan, work_dir, stop, folder, started_s) -> int:
         model=model,
         args=hf_args,
         train_dataset=train_rows,
+        data_collator=default_data_collator,  # Trainer's choice for a tokenizer adds an attention_mask
         processing_class=tokenizer,
         callbacks=[callback],
     )
@@ -426,7 +434,9 @@ def _train(args, plan, work_dir, stop, folder, started_s) -> int:
     engine = trainer.model_wrapped
     eval_loss_after = evaluate(engine, eval_rows, args.rows_per_micro_batch, hf_args.device)
     trainer.save_model()
-    checked = adapter.check(engine, folder, to_device(eval_rows, slice(0, 1), hf_args.device))
+    # The first step of a warm-up has learning rate 0.
+    learning = any(entry.get("learning_rate", 0) > 0 for entry in trainer.state.log_history)
+    checked = adapter.check(engine, folder, to_device(eval_rows, slice(0, 1), hf_args.device), learning)
     log.info("adapter checked: %s", checked)
     peak_gib = torch.tensor([report.peak_reserved_gib(hf_args.device) or 0.0], device=hf_args.device)
     dist.all_reduce(peak_gib, dist.ReduceOp.MAX)

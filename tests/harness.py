@@ -1,0 +1,72 @@
+"""Runs programs as forked children: the parent has imported the libraries, so a run starts at once.
+
+The parent (pytest) must not start threads or compute with torch: children are forked from it.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Process:
+    """A forked program: its pid and the file that its terminal output goes to."""
+
+    pid: int
+    output: Path
+
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def wait(self, timeout_s: float = 240) -> tuple[int, str]:
+        """(exit code, output); a signal's number is negative, as in subprocess."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status), self.text()
+            time.sleep(0.02)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        raise TimeoutError(f"no end after {timeout_s} s:\n{self.text()[-3000:]}")
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
+        """Returns once `condition()` holds; fails the test if the program ends or takes too long first."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            assert not ended, f"ended early ({status}):\n{self.text()[-3000:]}"
+            assert time.monotonic() < deadline, f"waited {timeout_s} s in vain:\n{self.text()[-3000:]}"
+            time.sleep(0.005)
+
+
+def fork(function: Callable[[], int], output: Path, env: dict[str, str] | None = None) -> Process:
+    """Runs `function` in a forked child in a session of its own; it exits with the returned code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return Process(pid, output)
+    code = 1
+    try:
+        os.setsid()
+        file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        os.environ.update(env or {})
+        code = function()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
