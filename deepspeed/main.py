@@ -51,9 +51,10 @@ def run(args: Arguments, zero_config: dict, folder: Path, work_dir: Path) -> int
     stop.install()
     only_looking = args.preflight_only or args.download_only
     if not only_looking:
-        if args.overwrite:
+        if args.overwrite and run_folder.holds_run(folder):
             run_folder.clear(folder)
-        run_folder.check_owner(folder, args.identity())
+        else:
+            run_folder.check_owner(folder, args.identity())
         if run_folder.finished(folder):
             print(f"{folder} holds this run, finished; nothing to do (--overwrite starts anew)")
             return 0
@@ -72,13 +73,21 @@ def run(args: Arguments, zero_config: dict, folder: Path, work_dir: Path) -> int
     latest = run_folder.latest_checkpoint(folder)
     plan["resume_from"] = str(latest) if latest else None
 
-    from lora_sft.training import train_rank
+    def train(rank: int) -> int:
+        if args.device == "cuda":
+            import torch
 
-    return run_ranks(lambda rank: train_rank(args, plan, work_dir, rank, stop), plan["world_size"], work_dir)
+            torch.cuda.set_device(rank)  # before an import below initialises CUDA on GPU 0
+        from lora_sft.training import train_rank
+
+        return train_rank(args, plan, work_dir, rank, stop)
+
+    return run_ranks(train, plan["world_size"], work_dir)
 
 
 def import_shared_libraries() -> None:
-    """Before any fork, so that the children share them. None of these initialises CUDA."""
+    """Before any fork, so that the children share them. These do not initialise CUDA; DeepSpeed and Trainer
+    do (seen on an H200), so the ranks import those themselves."""
     import torch  # noqa: F401
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 

@@ -70,3 +70,9 @@ def fork(function: Callable[[], int], output: Path, env: dict[str, str] | None =
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def children_of(pid: int) -> list[int]:
+    """Child processes of `pid`, oldest first."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []

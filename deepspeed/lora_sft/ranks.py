@@ -1,13 +1,12 @@
-"""Starts one rank per GPU by forking this process, which has imported the libraries and touched no GPU.
+"""Starts one rank per GPU by forking this process, which has imported torch and touched no GPU.
 
 Why not the `deepspeed` command: it kills its ranks when a SIGTERM reaches it (Slurm signals every process),
-it rewrites CUDA_VISIBLE_DEVICES when the number of GPUs is given, and every rank imports torch, transformers
-and DeepSpeed again (20 s of CPU time each, much more from a network disk). Here the imports are paid once,
-each rank sees CUDA_VISIBLE_DEVICES as it is and picks its LOCAL_RANK-th entry, and the exit code of the first
-rank that fails is the program's.
+it rewrites CUDA_VISIBLE_DEVICES when the number of GPUs is given, and its two launcher processes and every
+rank each import torch. Here each rank sees CUDA_VISIBLE_DEVICES as it is and takes its LOCAL_RANK-th entry,
+shares the parent's imports, and the exit code of the first rank that fails is the program's.
 
-Fork safety: the parent never initialises CUDA and starts no threads; whatever needs either (preflight,
-tokenising, training) runs in a child.
+Fork safety: the parent never initialises CUDA and starts no threads; whatever does either (preflight,
+tokenising, DeepSpeed) is imported and run in a child.
 """
 
 import ctypes

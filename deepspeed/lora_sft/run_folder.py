@@ -66,6 +66,10 @@ def claim(folder: Path):
         yield
 
 
+def holds_run(folder: Path) -> bool:
+    return (folder / CONFIG).exists()
+
+
 def finished(folder: Path) -> bool:
     return (folder / SUMMARY).exists()
 
@@ -73,7 +77,7 @@ def finished(folder: Path) -> bool:
 def check_owner(folder: Path, identity: dict) -> None:
     """Raises UserError unless the folder is empty or holds a run of the same `identity`."""
     stored_path = folder / CONFIG
-    if not stored_path.exists():
+    if not holds_run(folder):
         foreign = sorted(e.name for e in folder.iterdir() if e.name not in (*OURS, ".lock"))
         if foreign:
             raise UserError(
@@ -98,11 +102,9 @@ def check_owner(folder: Path, identity: dict) -> None:
 
 def check_same_inputs(folder: Path, plan: dict) -> None:
     """Raises UserError if a run to be resumed would see other data, weights or another number of ranks."""
-    if not (folder / CONFIG).exists():
+    if not holds_run(folder) or not complete_checkpoints(folder):
         return
     stored = json.loads((folder / CONFIG).read_text())["plan"]
-    if not complete_checkpoints(folder):
-        return
     if stored["world_size"] != plan["world_size"]:
         raise UserError(
             f"--output_dir {folder}: was started on {stored['world_size']} GPUs, {plan['world_size']} here; ZeRO-3 "

@@ -117,7 +117,9 @@ def load_model(args: Arguments, plan: dict, tokenizer) -> torch.nn.Module:
         revision=plan["model_revision"],
     )
     set_seed(args.seed)  # the same lora_A on every rank
-    model = get_peft_model(model, lora)
+    # In the base's dtype: DeepSpeed keeps fp32 master weights anyway, and it scales the loss only if the
+    # trainable parameters are fp16 (PEFT's default would make them fp32, silently without loss scaling).
+    model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     model.peft_config["default"].base_model_name_or_path = args.model_name_or_path
     return model
 
@@ -434,6 +436,7 @@ def _train(args, plan, work_dir, stop, folder, started_s) -> int:
     engine = trainer.model_wrapped
     eval_loss_after = evaluate(engine, eval_rows, args.rows_per_micro_batch, hf_args.device)
     trainer.save_model()
+    dist.barrier()  # rank 0 writes, every rank reads
     # The first step of a warm-up has learning rate 0.
     learning = any(entry.get("learning_rate", 0) > 0 for entry in trainer.state.log_history)
     checked = adapter.check(engine, folder, to_device(eval_rows, slice(0, 1), hf_args.device), learning)
