@@ -5,10 +5,12 @@ SHELL := bash
 PYTHON ?=
 RUN = source ./env.sh &&
 
-.PHONY: help install rehearse test test-all test-v100 lint format lock clean
+.PHONY: help install install-v100 rehearse test test-all test-v100 lint format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install-v100: .venv-v100/.installed  ## create .venv-v100, the environment for Volta GPUs
 
 install: .venv/.installed  ## create .venv from requirements.txt (done by the other targets)
 

@@ -58,7 +58,9 @@ def merge(adapter: Path, base: Path, out: Path) -> int:
                     if name in pairs:
                         a, b = (tensor.float() for tensor in pairs[name])
                         if weight.shape != (b.shape[0], a.shape[1]):
-                            raise UserError(f"{name}: the adapter's shape does not fit {base}; is it another base model?")
+                            raise UserError(
+                                f"{name}: the adapter's shape does not fit {base}; is it another base model?"
+                            )
                         weight = (weight.float() + scale * (b @ a)).to(weight.dtype)
                         remaining.discard(name)
                     if not torch.isfinite(weight).all():
@@ -100,7 +102,9 @@ def main(argv: list[str]) -> int:
         name = args.base or config["base_model_name_or_path"]
         base = Path(name) if Path(name).is_dir() else preflight.cached_model(name)
         if base is None:
-            raise UserError(f"base model {name}: no folder here and not complete in the cache; name it with --base")
+            raise UserError(
+                f"base model {name}: no folder here and not complete in the cache; name it with --base"
+            )
         preflight.check_model_folder(base)
         if args.output_dir.exists() and any(args.output_dir.iterdir()):
             raise UserError(f"--output_dir {args.output_dir}: is not empty")

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Process, fork
 from hypothesis import settings
+
+from harness import ROOT, Process, fork
 
 # Our folders deepspeed/ and sglang/ must not shadow the installed packages (python -m pytest puts the
 # current folder on the path).
@@ -42,11 +43,12 @@ def scratch(tmp_path_factory) -> Path:
 def libraries():
     """Imports what a run needs, once per session (20 s of CPU time)."""
     # The last ones are otherwise imported in every forked rank, at the first step.
-    import lora_sft.training
     import main
-    import matplotlib.pyplot
-    import networkx
+    import matplotlib.pyplot  # noqa: F401
+    import networkx  # noqa: F401
     import torch._dynamo  # noqa: F401
+
+    import lora_sft.training  # noqa: F401
 
     return main
 
@@ -85,8 +87,9 @@ def tiny_model(scratch, libraries) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_model):
-    from lora_sft.data import set_up_tokenizer
     from transformers import AutoTokenizer
+
+    from lora_sft.data import set_up_tokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     set_up_tokenizer(tokenizer)
@@ -97,6 +100,14 @@ def tokenizer(tiny_model):
 def quick(tiny_model) -> list[str]:
     """Flags of a rehearsal that trains 6 short steps."""
     return [
-        *("--rehearse", "--model_name_or_path", str(tiny_model), "--max_train_rows", "40", "--max_eval_rows", "6"),
+        *(
+            "--rehearse",
+            "--model_name_or_path",
+            str(tiny_model),
+            "--max_train_rows",
+            "40",
+            "--max_eval_rows",
+            "6",
+        ),
         *("--max_seq_len", "192", "--tokens_per_micro_batch", "192", "--max_steps", "6", "--save_steps", "2"),
     ]

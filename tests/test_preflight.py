@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+
 from harness import ROOT
 from lora_sft import UserError, preflight
 from lora_sft.arguments import Arguments, read_zero_config
@@ -47,7 +48,9 @@ def test_predicted_parts():
     assert parts["weight shard"] == pytest.approx(6_738_415_616 / 2**30)  # 2 bytes over 2 GPUs
     assert parts["checkpointed inputs"] == pytest.approx(1.0)  # 32 layers x 4,096 tokens x 4,096 x 2 bytes
     assert predicted(Arguments(), 4)["weight shard"] == pytest.approx(parts["weight shard"] / 2)
-    assert predicted(replace(Arguments(), lora_r=64))["LoRA states"] == pytest.approx(4 * parts["LoRA states"], rel=0.3)
+    assert predicted(replace(Arguments(), lora_r=64))["LoRA states"] == pytest.approx(
+        4 * parts["LoRA states"], rel=0.3
+    )
 
 
 def test_what_does_not_fit_names_the_flag():
@@ -90,7 +93,11 @@ def test_precision_follows_the_capability():
     ("driver", "wheel", "expected"),
     [
         (None, "13.0", "no NVIDIA GPU here"),
-        ("535.104.05", "13.0", r"driver 535.104.05 is too old .* needs driver 580 or newer\); use the CUDA 12.6"),
+        (
+            "535.104.05",
+            "13.0",
+            r"driver 535.104.05 is too old .* needs driver 580 or newer\); use the CUDA 12.6",
+        ),
         ("580.159.04", "13.0", "sees no GPU; CUDA_VISIBLE_DEVICES="),
         ("580.159.04", None, "is a CPU build"),
     ],
@@ -102,7 +109,9 @@ def test_unusable_gpu_is_explained(driver, wheel, expected):
 
 
 def test_link_between_gpus():
-    matrix = "\t\x1b[4mGPU0\tGPU1\tCPU Affinity\x1b[0m\nGPU0\t X \tNV18\t0-31\nGPU1\tNV18\t X \t0-31\n\nLegend:\n"
+    matrix = (
+        "\t\x1b[4mGPU0\tGPU1\tCPU Affinity\x1b[0m\nGPU0\t X \tNV18\t0-31\nGPU1\tNV18\t X \t0-31\n\nLegend:\n"
+    )
     assert preflight.link_between(matrix, 0, 1) == "NV18"
     assert preflight.link_between(matrix, 1, 0) == "NV18"
     with pytest.raises(ValueError, match="no row for GPU 5"):
@@ -128,7 +137,9 @@ def test_hub_errors_name_the_cure(monkeypatch):
     pending = error(GatedRepoError, "Your request to access model is awaiting a review from the repo authors.")
     assert "pending" in preflight.explain_hub_error(name, "model", pending)
     missing = error(RepositoryNotFoundError, "404")
-    assert "--data_path no/such: neither a file here" in preflight.explain_hub_error("no/such", "dataset", missing)
+    assert "--data_path no/such: neither a file here" in preflight.explain_hub_error(
+        "no/such", "dataset", missing
+    )
     assert "--download_only" in preflight.explain_hub_error(name, "model", ConnectionError("offline"))
 
 
@@ -198,7 +209,9 @@ def test_the_cpu_is_never_a_silent_fallback(start, tiny_model, tmp_path):
 
 def test_host_memory_is_limited_by_the_cgroup(monkeypatch):
     plan = {"base_parameters": 6_738_415_616, "dtype": "fp16", "world_size": 2}
-    monkeypatch.setattr(preflight, "memory_limit_gib", lambda: (8.0, "left of the job's memory limit (Slurm --mem)"))
+    monkeypatch.setattr(
+        preflight, "memory_limit_gib", lambda: (8.0, "left of the job's memory limit (Slurm --mem)")
+    )
     with pytest.raises(UserError, match=r"8.0 GiB left of the job's memory limit .* ask for --mem=21G"):
         preflight.look_at_host_memory(plan)
     monkeypatch.undo()
@@ -233,5 +246,3 @@ def test_disk_that_is_too_small_fails_early(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="free some"):
         preflight.look_at_disk(args, {"lora_parameters": 40_000_000})
     assert list(tmp_path.iterdir()) == []
-
-

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+
 from harness import children_of, fork
 
 
@@ -22,7 +23,9 @@ def course(out: Path) -> list[tuple]:
 def uninterrupted(libraries, quick, tmp_path_factory) -> Path:
     """6 steps with dropout 0.05 and a checkpoint every 2, left alone."""
     out = tmp_path_factory.mktemp("uninterrupted") / "out"
-    code, text = fork(lambda: libraries.main([*quick, "--output_dir", str(out)]), out.parent / "terminal.txt").wait()
+    code, text = fork(
+        lambda: libraries.main([*quick, "--output_dir", str(out)]), out.parent / "terminal.txt"
+    ).wait()
     assert code == 0, text
     return out
 

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 from harness import ROOT, fork
 
 CONTRACT = {
@@ -48,9 +49,10 @@ def two_ranks(libraries, parity_flags, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def one_process(libraries, two_ranks, scratch) -> dict:
     """The same run in one process without DeepSpeed: losses, grad norms, evaluation, adapter tensors."""
+    from transformers import AutoTokenizer
+
     from lora_sft import data, training
     from lora_sft.arguments import Arguments
-    from transformers import AutoTokenizer
 
     config = json.loads((two_ranks / "run_config.json").read_text())
 
@@ -74,7 +76,9 @@ def one_process(libraries, two_ranks, scratch) -> dict:
         trainer.train()
         result = {
             "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-            "grad_norms": [float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry],
+            "grad_norms": [
+                float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry
+            ],
             "before": before,
             "after": training.evaluate(model, evaluation, 4, torch.device("cpu")),
         }
@@ -107,7 +111,10 @@ def test_evaluation_equals_one_process(two_ranks, one_process):
 def test_adapter_equals_one_process(two_ranks, one_process, scratch):
     from safetensors.torch import load_file
 
-    ours, reference = load_file(two_ranks / "adapter_model.safetensors"), load_file(scratch / "reference.safetensors")
+    ours, reference = (
+        load_file(two_ranks / "adapter_model.safetensors"),
+        load_file(scratch / "reference.safetensors"),
+    )
     assert set(ours) == set(reference)
     assert len(ours) == 4 * 7 * 2  # layers x linear modules x (A, B)
     for name in ours:
@@ -143,6 +150,7 @@ def test_weights_are_partitioned_and_gathered_per_layer(start, quick, tmp_path):
 
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
         from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
         from lora_sft import training
 
         begin, fetch = training.RunCallback.on_train_begin, PartitionedParameterCoordinator.fetch_sub_module
@@ -201,7 +209,9 @@ def test_artefacts_follow_the_contract(two_ranks):
         assert (two_ranks / picture).read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "seed", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)]
+)
 def test_rehearsal_learns(start, tiny_model, tmp_path, seed):
     flags = ["--rehearse", "--model_name_or_path", tiny_model, "--seed", seed, "--max_steps", "20"]
     code, text = start(*flags, "--output_dir", tmp_path / "out").wait()
@@ -211,7 +221,9 @@ def test_rehearsal_learns(start, tiny_model, tmp_path, seed):
 
 
 def test_learning_rate_zero_learns_nothing(start, quick, tmp_path):
-    code, text = start(*quick, "--max_steps", "2", "--learning_rate", "0", "--output_dir", tmp_path / "out").wait()
+    code, text = start(
+        *quick, "--max_steps", "2", "--learning_rate", "0", "--output_dir", tmp_path / "out"
+    ).wait()
     assert code == 0, text
     summary = summary_of(tmp_path / "out")
     assert summary["eval_loss_after"] == summary["eval_loss_before"]
@@ -230,7 +242,10 @@ def allow_fp16_on_cpu():
         # The adapter's gradients are scaled with alpha / r: they overflow at every loss scale.
         (["--lora_alpha", "2000000000"], "the forward pass is finite, so gradients overflow"),
         # The first update throws the adapter so far that the next forward overflows.
-        (["--learning_rate", "1e5"], "the forward pass is already non-finite (base_model.model.model.layers.0."),
+        (
+            ["--learning_rate", "1e5"],
+            "the forward pass is already non-finite (base_model.model.model.layers.0.",
+        ),
     ],
 )
 def test_fp16_overflow_ends_with_a_diagnosis(start, quick, tmp_path, flags, diagnosis):

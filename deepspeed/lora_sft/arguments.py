@@ -183,7 +183,11 @@ def _unknown_flag(word: str) -> str:
     if name in CHANGED_FLAGS:
         return f"--{name} was the starter's; use {CHANGED_FLAGS[name]}"
     names = [entry.name for entry in fields(Arguments)]
-    near = difflib.get_close_matches(name.replace("-", "_"), names, n=1, cutoff=0.5)
+    near = (
+        difflib.get_close_matches(name.replace("-", "_"), names, n=1, cutoff=0.5)
+        if word.startswith("-")
+        else []
+    )
     return f"unknown argument {word}" + (f"; did you mean --{near[0]}?" if near else "; -h lists all flags")
 
 

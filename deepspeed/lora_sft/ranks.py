@@ -30,7 +30,7 @@ _PR_SET_PDEATHSIG = 1
 
 def fork(function: Callable[[], int], error_file: Path) -> int:
     """Runs `function` in a forked child and returns the child's pid. The child exits with its return value,
-    2 after a UserError (whose text goes to `error_file` for the parent to print), 1 after any other error."""
+    2 after a UserError (its text goes to `error_file` for the parent to print), 1 after any other error."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -47,7 +47,7 @@ def fork(function: Callable[[], int], error_file: Path) -> int:
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
-        traceback.print_exc()
+        error_file.with_suffix(".traceback").write_text(traceback.format_exc())
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -80,12 +80,14 @@ def run_ranks(function: Callable[[int], int], world_size: int, work_dir: Path) -
 
 
 def wait(pids: list[int], errors: list[Path], stop: "StopRequest | None" = None) -> int:
-    """Waits for all children; kills the rest `GRACE_S` after the first failure.
+    """Waits for all children; kills the rest `GRACE_S` after the first failure, and all after a `stop`.
 
-    Returns 0 if all returned 0, else the code of the first that did not; a child killed by a signal counts
-    as 1. Prints each distinct UserError once.
+    Returns 0 if all returned 0; 2 if one raised a UserError, which is printed once; else the code of the
+    first that failed, whose traceback is printed (the others' failures follow from it). A child killed by a
+    signal counts as 1.
     """
-    first_code, deadline, running = 0, None, dict(enumerate(pids))
+    failed: list[tuple[int, int]] = []  # (rank, exit code), in the order of their end
+    deadline, running = float("inf"), dict(enumerate(pids))
     while running:
         if stop:
             for pid in running.values():
@@ -94,23 +96,29 @@ def wait(pids: list[int], errors: list[Path], stop: "StopRequest | None" = None)
             return STOPPED
         for rank, pid in list(running.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
-            if not ended:
-                continue
-            del running[rank]
-            code = os.waitstatus_to_exitcode(status)
-            if code < 0 and deadline is None:
-                print(f"error: rank {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr)
-            if code and not first_code:
-                first_code = code if code > 0 else 1
-                deadline = time.monotonic() + GRACE_S
-        if deadline and time.monotonic() > deadline:
+            if ended:
+                del running[rank]
+                if code := os.waitstatus_to_exitcode(status):
+                    failed.append((rank, code))
+        if failed and deadline == float("inf"):
+            deadline = time.monotonic() + GRACE_S
+        if time.monotonic() > deadline:
             for pid in running.values():
                 os.kill(pid, signal.SIGKILL)
-            deadline = float("inf")
-        time.sleep(0.05)
-    for message in dict.fromkeys(path.read_text() for path in errors if path.exists()):
-        print(f"error: {message}", file=sys.stderr)
-    return first_code
+        time.sleep(0.02)
+    if not failed:
+        return 0
+    if messages := dict.fromkeys(path.read_text() for path in errors if path.exists()):
+        for message in messages:
+            print(f"error: {message}", file=sys.stderr)
+        return 2
+    rank, code = failed[0]
+    if code < 0:
+        print(f"error: rank {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr)
+        return 1
+    if (trace := errors[rank].with_suffix(".traceback")).exists():
+        print(trace.read_text(), file=sys.stderr)
+    return code
 
 
 def free_port() -> int:

@@ -205,7 +205,9 @@ class PackedTrainer(Trainer):
         real_tokens = inputs.pop("real_tokens")
         self.step_counts += torch.tensor([real_tokens.sum(), (inputs["labels"] != IGNORE).sum()])
         if inputs.keys() != {"input_ids", "labels", "position_ids"}:
-            raise RuntimeError(f"{sorted(inputs)}: with an attention_mask packed documents would see each other")
+            raise RuntimeError(
+                f"{sorted(inputs)}: with an attention_mask packed documents would see each other"
+            )
         self.last_micro_batch = inputs
         loss = super().training_step(model, {**inputs, "use_cache": False}, num_items_in_batch)
         self.nonfinite_loss |= not torch.isfinite(loss).item()
@@ -332,10 +334,6 @@ class RunCallback(TrainerCallback):
             log.debug("saved %s", checkpoint)
         dist.barrier()
 
-    def on_train_end(self, hf_args, state, control, **_):
-        if self.bar:
-            self.bar.close()
-
 
 def first_nonfinite(engine: torch.nn.Module, micro_batch: dict[str, torch.Tensor]) -> str | None:
     """Runs a forward pass on all ranks and names the first module on any rank with a non-finite output."""
@@ -380,7 +378,6 @@ def set_up_logging(folder: Path, rank: int) -> None:
     file = logging.FileHandler(folder / "training.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.handlers = [terminal, file]
-
 
 
 def train_rank(args: Arguments, plan: dict, work_dir: Path, rank: int, stop: StopRequest) -> int:
@@ -428,7 +425,11 @@ def _train(args, plan, work_dir, stop, folder, started_s) -> int:
     trainer.remove_callback(PrinterCallback)
     resume_from = plan["resume_from"]
     log.info("resuming from %s" if resume_from else "starting at step 0%s", resume_from or "")
-    trainer.train(resume_from_checkpoint=resume_from)
+    try:
+        trainer.train(resume_from_checkpoint=resume_from)
+    finally:
+        if callback.bar:
+            callback.bar.close()  # what is printed next starts on a line of its own
     if callback.stopped:
         log.info("stopped at step %d, checkpoint saved; the same command resumes", trainer.state.global_step)
         return STOPPED

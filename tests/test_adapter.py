@@ -1,0 +1,187 @@
+"""The saved adapter: key set, faults that must be found, round trip, merging into a plain model."""
+
+import json
+import shutil
+
+import pytest
+
+from harness import fork
+from lora_sft import adapter
+
+LAYERS, MODULES = 4, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def trained(libraries, quick, tmp_path_factory):
+    """Output folder of 3 steps."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    flags = [*quick, "--max_steps", "3", "--output_dir", str(out)]
+    code, text = fork(lambda: libraries.main(flags), out.parent / "terminal.txt").wait()
+    assert code == 0, text
+    return out
+
+
+def in_child(function, tmp_path):
+    """torch computes in children only (harness.py)."""
+
+    def run() -> int:
+        function()
+        return 0
+
+    code, text = fork(run, tmp_path / "child.txt").wait()
+    assert code == 0, text
+
+
+def expected_keys() -> set[str]:
+    return {
+        f"base_model.model.model.layers.{layer}.{'mlp' if 'gate' in m or 'up' in m or 'down' in m else 'self_attn'}"
+        f".{m}.lora_{side}.weight"
+        for layer in range(LAYERS)
+        for m in MODULES
+        for side in "AB"
+    }
+
+
+def test_exact_key_set(trained):
+    from safetensors.numpy import load_file
+
+    stored = load_file(trained / "adapter_model.safetensors")
+    assert set(stored) == expected_keys()
+    assert all(tensor.shape[0 if "lora_A" in name else 1] == 16 for name, tensor in stored.items())
+    config = json.loads((trained / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (16, 32)
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        (lambda t, name: t.pop(name), "1 keys missing"),
+        (lambda t, name: t.update(surplus=t[name]), "1 unexpected keys, e.g. surplus"),
+        (lambda t, name: t.update({name: t[name][:0]}), "is empty"),
+        (lambda t, name: t.update({name: t[name] * float("nan")}), "has non-finite values"),
+        (lambda t, name: [x.zero_() for key, x in t.items() if "lora_B" in key], "every lora_B is zero"),
+    ],
+)
+def test_faults_are_found(trained, tmp_path, fault, found):
+    def look():
+        from safetensors.torch import load_file
+
+        stored = load_file(trained / "adapter_model.safetensors")
+        assert adapter.problems(stored, expected_keys()) == []
+        fault(stored, min(stored))
+        problems = adapter.problems(stored, expected_keys())
+        assert any(found in problem for problem in problems), problems
+
+    in_child(look, tmp_path)
+
+
+def test_a_file_that_differs_from_the_live_tensors_is_a_bug(start, quick, tmp_path):
+    """exit code 1, no summary: the run does not count as finished."""
+
+    def corrupt():
+        from lora_sft import training
+
+        save = training.PackedTrainer.save_model
+
+        def spoiled(self, output_dir=None, _internal_call=False):
+            save(self, output_dir, _internal_call)
+            if output_dir is None and self.args.process_index == 0:
+                from safetensors.torch import load_file, save_file
+
+                path = f"{self.args.output_dir}/adapter_model.safetensors"
+                tensors = load_file(path)
+                tensors[max(tensors)] += 1e-3
+                save_file(tensors, path)
+
+        training.PackedTrainer.save_model = spoiled
+
+    code, text = start(*quick, "--max_steps", "2", "--output_dir", tmp_path / "out", patch=corrupt).wait()
+    assert code == 1
+    assert "differs from the live tensor" in text
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_reloaded_by_peft_gives_the_evaluated_loss(trained, tiny_model, tokenizer, tmp_path):
+    def compare():
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        from harness import ROOT
+        from lora_sft import data, training
+
+        config = json.loads((trained / "run_config.json").read_text())["arguments"]
+        rows = data.read_file(ROOT / "rehearsal" / "preferences.jsonl")
+        _, held_out = data.split_rows(
+            rows, [], config["max_train_rows"], config["max_eval_rows"], config["seed"]
+        )
+        packed = data.prepare(held_out, tokenizer, config["max_seq_len"], 2, "eval")
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), trained)
+        loss = training.evaluate(model, packed, 2, torch.device("cpu"))
+        expected = json.loads((trained / "summary.json").read_text())["eval_loss_after"]
+        assert abs(loss - expected) < 1e-5, (loss, expected)
+
+    in_child(compare, tmp_path)
+
+
+def merge(tmp_path, *flags: str) -> tuple[int, str]:
+    import merge_adapter
+
+    return fork(lambda: merge_adapter.main([str(flag) for flag in flags]), tmp_path / "merge.txt").wait()
+
+
+def test_merged_model_equals_base_with_adapter(trained, tmp_path):
+    code, text = merge(tmp_path, "--adapter", trained, "--output_dir", tmp_path / "merged")
+    assert code == 0, text
+    assert "28 weights changed" in text
+
+    def compare():
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        base = json.loads((trained / "adapter_config.json").read_text())["base_model_name_or_path"]
+        reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), trained).eval()
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        ids = AutoTokenizer.from_pretrained(tmp_path / "merged").apply_chat_template(
+            [{"role": "user", "content": "How do I boil an egg?"}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+        )["input_ids"]
+        with torch.no_grad():
+            assert (merged(ids).logits - reference(ids).logits).abs().max() < 1e-4
+            assert (merged(ids).logits - reference.base_model.model(ids).logits).abs().max() < 1e-4
+            with reference.disable_adapter():
+                assert (merged(ids).logits - reference(ids).logits).abs().max() > 1e-2
+
+    in_child(compare, tmp_path)
+
+
+def test_merging_refuses_what_does_not_fit(trained, tiny_model, tmp_path):
+    assert merge(tmp_path, "--adapter", tmp_path, "--output_dir", tmp_path / "m")[0] == 2
+    code, text = merge(tmp_path, "--adapter", trained, "--base", "no/model", "--output_dir", tmp_path / "m")
+    assert code == 2
+    assert "name it with --base" in text
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    code, text = merge(tmp_path, "--adapter", trained, "--output_dir", tmp_path / "full")
+    assert code == 2
+    assert "is not empty" in text
+    shutil.copytree(trained, tmp_path / "wrong", ignore=shutil.ignore_patterns("checkpoint-*"))
+    small = {"hidden_size": 64, "intermediate_size": 96}
+
+    def build_smaller():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(tiny_model, **small)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "small")
+
+    in_child(build_smaller, tmp_path)
+    shutil.copyfile(tiny_model / "tokenizer.json", tmp_path / "small" / "tokenizer.json")
+    code, text = merge(
+        tmp_path, "--adapter", trained, "--base", tmp_path / "small", "--output_dir", tmp_path / "m"
+    )
+    assert code == 2
+    assert "is it another base model?" in text
+    assert not (tmp_path / "m").exists()
+    assert not (tmp_path / "m.part").exists()

@@ -1,0 +1,127 @@
+"""Bad input through the whole program: exit code 2, one clear line, no traceback, nothing written is lost."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from harness import ROOT
+
+DATA = ROOT / "rehearsal" / "preferences.jsonl"
+
+
+@pytest.fixture
+def refused(start, quick, tmp_path):
+    """refused(*flags) -> the error line of a run that must exit with 2."""
+
+    def run(*flags, patch=None) -> str:
+        code, text = start(*quick, "--output_dir", tmp_path / "out", *flags, patch=patch).wait()
+        assert code == 2, text
+        assert "Traceback" not in text
+        lines = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, text
+        return lines[0]
+
+    return run
+
+
+def test_data_row_without_prompt(refused, tmp_path):
+    lines = DATA.read_text().splitlines()[:10]
+    lines[6] = json.dumps({"question": "?", "chosen": "!"})
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    assert f"{tmp_path / 'rows.jsonl'}, row 7: no 'prompt'" in refused("--data_path", tmp_path / "rows.jsonl")
+
+
+def test_empty_data(refused, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    assert "no rows in it" in refused("--data_path", tmp_path / "rows.jsonl")
+
+
+def test_rows_that_are_all_too_long(refused, tmp_path):
+    rows = [{"prompt": "p", "chosen": " word" * 300}] * 5
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert "none of the" in refused("--data_path", tmp_path / "rows.json")
+
+
+def test_model_folder_without_weights(refused, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert "no weights (*.safetensors) in it" in refused("--model_name_or_path", tmp_path / "model")
+
+
+def test_model_folder_with_a_missing_shard(refused, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "1 of 2 weight files missing, e.g. model-2" in refused("--model_name_or_path", tmp_path / "model")
+
+
+def test_folder_that_is_no_model(refused, tmp_path):
+    assert "no config.json; is this a model" in refused("--model_name_or_path", tmp_path)
+
+
+def test_lora_targets_that_match_nothing(refused):
+    message = refused("--lora_target_modules", "decoder.layers.")
+    assert "--lora_target_modules decoder.layers.: matches no module of the model; it has" in message
+    assert "q_proj" in message
+
+
+def test_leaf_class_that_matches_nothing(refused, tmp_path):
+    config = json.loads((ROOT / "deepspeed" / "zero3.json").read_text())
+    config["zero_optimization"]["leaf_module"]["classes"] = ["OPTDecoderLayer"]
+    (tmp_path / "zero.json").write_text(json.dumps(config))
+    message = refused("--deepspeed", tmp_path / "zero.json")
+    assert "leaf_module class OPTDecoderLayer matches no module (the model's is LlamaDecoderLayer)" in message
+
+
+def test_longer_than_the_model(refused):
+    message = refused("--max_seq_len", "2048", "--tokens_per_micro_batch", "2048")
+    assert "the model was trained for 1024 positions" in message
+
+
+def test_folder_of_somebody_else(refused, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    assert "holds thesis.tex but no run_config.json" in refused()
+    assert "holds thesis.tex but no run_config.json" in refused("--overwrite")
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "x"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_folder_without_permission(refused, tmp_path):
+    (tmp_path / "out").mkdir(mode=0o500)
+    assert "cannot be written" in refused()
+
+
+def test_output_path_that_is_a_file(refused, tmp_path):
+    (tmp_path / "out").write_text("x")
+    assert "cannot be written" in refused()
+
+
+def test_full_disk_while_training(refused):
+    """/dev/full answers every write with "no space left on device"."""
+
+    def fill():
+        from lora_sft import training
+
+        begin = training.RunCallback.on_train_begin
+
+        def on_train_begin(self, *args, **kwargs):
+            begin(self, *args, **kwargs)
+            if os.environ["RANK"] == "0":
+                (self.folder / "metrics.jsonl").symlink_to("/dev/full")
+
+        training.RunCallback.on_train_begin = on_train_begin
+
+    message = refused(patch=fill)
+    assert "the disk or quota of" in message
+    assert "it resumes from the last complete checkpoint" in message
+
+
+def test_zero_file_with_a_batch_size(refused, tmp_path):
+    (tmp_path / "zero.json").write_text('{"train_batch_size": 8, "zero_optimization": {"stage": 3}}')
+    assert "remove 'train_batch_size'" in refused("--deepspeed", tmp_path / "zero.json")
+
+
+def test_unknown_flag(refused):
+    assert "did you mean --lora_alpha?" in refused("--lora_alfa", "1")

@@ -1,0 +1,146 @@
+"""The bash launcher as users start it: another folder, signals to it alone, the GPUs each rank sees."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from harness import ROOT, fork
+
+SCRIPT = ROOT / "deepspeed" / "run_llama2_7b_lora.sh"
+ENV = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix}
+
+
+def launch(*flags, cwd: Path, **env) -> subprocess.Popen:
+    command = ["bash", str(SCRIPT), *map(str, flags)]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=ENV | env, start_new_session=True, **pipe)
+
+
+def test_user_errors_keep_exit_code_2_and_are_quick(tmp_path):
+    started_s = time.monotonic()
+    run = launch("--lora_dim", "8", cwd=tmp_path)
+    text, _ = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert text == "error: --lora_dim was the starter's; use --lora_r\n"
+    assert time.monotonic() - started_s < 10
+
+
+def test_help_exits_0(tmp_path):
+    run = launch("-h", cwd=tmp_path)
+    text, _ = run.communicate(timeout=60)
+    assert run.returncode == 0
+    assert "--tokens_per_micro_batch" in text
+
+
+def test_works_from_another_folder_and_stops_on_a_signal_to_bash_alone(quick, libraries, tmp_path):
+    """SIGTERM to the script only (not its group): saves, exits 75; the same command finishes the run."""
+    data = (ROOT / "rehearsal" / "preferences.jsonl").read_text()
+    (tmp_path / "my rows.jsonl").write_text(data)  # relative to the caller, with a space in its name
+    flags = [*quick, "--data_path", "my rows.jsonl", "--output_dir", "my out", "--save_steps", "100"]
+    run = launch(*flags, cwd=tmp_path)
+    metrics = tmp_path / "my out" / "metrics.jsonl"
+    deadline = time.monotonic() + 150
+    while not metrics.exists():
+        assert run.poll() is None, run.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(run.pid, signal.SIGTERM)
+    text, _ = run.communicate(timeout=60)
+    assert run.returncode == 75, text
+    assert "stopping at the end of this step and saving" in text
+    assert "checkpoint saved; the same command resumes" in text
+    assert len(list((tmp_path / "my out").glob("checkpoint-*/complete.json"))) == 1
+
+    def again() -> int:
+        os.chdir(tmp_path)
+        return libraries.main(flags)
+
+    code, text = fork(again, tmp_path / "again.txt").wait()
+    assert code == 0, text
+    assert "resuming from" in text
+    assert [int(line.split('"step": ')[1].split(",")[0]) for line in metrics.read_text().splitlines()] == [
+        *range(1, 7)
+    ]
+
+
+def test_a_rank_killed_by_a_signal_makes_the_exit_code_1(libraries, tmp_path):
+    from lora_sft.ranks import run_ranks
+
+    def program() -> int:
+        return run_ranks(lambda rank: os.kill(os.getpid(), 9) if rank else 0, 2, tmp_path)
+
+    code, text = fork(program, tmp_path / "terminal.txt").wait()
+    assert code == 1
+    assert "error: rank 1 was killed by SIGKILL" in text
+
+
+def test_first_failing_rank_sets_the_exit_code(tmp_path):
+    from lora_sft import UserError
+    from lora_sft.ranks import run_ranks
+
+    def all_stop() -> int:
+        return run_ranks(lambda rank: 75, 2, tmp_path)
+
+    assert fork(all_stop, tmp_path / "a.txt").wait()[0] == 75
+
+    def one_user_error() -> int:
+        def rank_main(rank: int) -> int:
+            if rank:
+                raise UserError("the disk is full")
+            raise RuntimeError("connection closed by peer")  # what the others see of it
+
+        return run_ranks(rank_main, 2, tmp_path)
+
+    code, text = fork(one_user_error, tmp_path / "b.txt").wait()
+    assert (code, text) == (2, "error: the disk is full\n")
+
+
+def test_ranks_see_exactly_the_gpus_that_were_given(start, quick, tmp_path):
+    """CUDA_VISIBLE_DEVICES=2,3: both ranks see both, and rank r takes the r-th."""
+
+    def pretend_two_gpus():
+        import torch
+
+        from lora_sft import preflight, training
+
+        def look_at_gpus(args, plan):
+            plan |= {
+                "gpu_name": None,
+                "gpu_free_gib": None,
+                "gpu_limit_gib": 14.6,
+                "world_size": 2,
+                "dtype": "fp16",
+            }
+            plan["dtype_reason"] = "pretended"
+            return "pretended"
+
+        def train_rank(args, plan, work_dir, rank, stop):
+            seen = [os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "RANK", "WORLD_SIZE")]
+            (tmp_path / f"rank{rank}").write_text(" ".join([*seen, chosen[0]]))
+            return 0
+
+        chosen = []
+        torch.cuda.set_device = lambda device: chosen.append(f"cuda:{device}")
+        preflight.look_at_gpus, training.train_rank = look_at_gpus, train_rank
+
+    flags = [*quick, "--device", "cuda", "--output_dir", tmp_path / "out"]
+    code, text = start(*flags, env={"CUDA_VISIBLE_DEVICES": "2,3"}, patch=pretend_two_gpus).wait()
+    assert code == 0, text
+    seen = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
+    assert seen == ["2,3 0 0 2 cuda:0", "2,3 1 1 2 cuda:1"]
+
+
+def test_the_launcher_leaves_cuda_visible_devices_alone(tmp_path):
+    """The whole way from bash: preflight prints what the program sees."""
+    run = launch("--data_path", ROOT / "rehearsal" / "preferences.jsonl", "--output_dir", tmp_path / "out",
+                 cwd=tmp_path, CUDA_VISIBLE_DEVICES="2,3", HF_HUB_OFFLINE="1")  # fmt: skip
+    text, _ = run.communicate(timeout=120)
+    if "FAIL  GPUs" not in text:
+        pytest.skip("this machine has GPUs")
+    assert run.returncode == 2
+    assert "error: no NVIDIA GPU here" in text or "CUDA_VISIBLE_DEVICES=2,3" in text
