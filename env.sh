@@ -45,7 +45,7 @@ install_environment() (
         mkdir -p "$target"
         ln -sfn "$target" "$1"
     fi
-    echo "Installing $2 into $1 with $("$python" --version) (once; 9 GB, minutes)"
+    echo "Installing $2 into $1 with $("$python" --version) (once; some minutes)"
     rm -f "$1/.installed"
     [ -x "$1/bin/python" ] || "$python" -m venv --without-pip "$1"
     uv=$(command -v uv || true)

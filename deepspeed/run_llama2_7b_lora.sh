@@ -17,7 +17,7 @@ for folder in "$here" "${SLURM_SUBMIT_DIR:-$here}" "${SLURM_SUBMIT_DIR:-$here}/d
     if [ -f "$folder/lora_sft/training.py" ]; then here=$folder && break; fi
 done
 if [ ! -f "$here/main.py" ]; then
-    echo "error: main.py is not beside $here; submit from the repository: sbatch deepspeed/job.sbatch" >&2
+    echo "error: main.py is not beside $here; call sbatch in the repository's folder" >&2
     exit 2
 fi
 # shellcheck source=env.sh

@@ -539,24 +539,21 @@ def run(args: Arguments, zero_config: dict, work_dir: Path) -> int:
     table, plan, rows = Table(), {}, {}
     print("preflight")
     table.check("packages", lambda: ", ".join(f"{k} {v}" for k, v in versions().items() if k != "numpy"))
-    gpus = table.check("GPUs", lambda: look_at_gpus(args, plan))
+    # Login nodes, where one downloads, have no GPU.
+    gpus = not args.download_only and table.check("GPUs", lambda: look_at_gpus(args, plan))
     if gpus:
         table.check("GPU link", lambda: look_at_links(plan))
         table.row("PASS", "precision", f"{plan['dtype']}: {plan['dtype_reason']}")
     model = table.check("model", lambda: look_at_model(args, plan))
     table.check("data", lambda: look_at_data(args, plan, rows))
-    if args.download_only:
-        if table.first_failure and not (model and rows):
-            raise UserError(table.first_failure)
-        return 0
-    if model and gpus and table.check("LoRA", lambda: look_at_lora(args, plan, zero_config)):
+    if gpus and model and table.check("LoRA", lambda: look_at_lora(args, plan, zero_config)):
         table.check("GPU memory", lambda: judge_memory(args, plan))
         table.check("host memory", lambda: look_at_host_memory(plan))
         table.check("disk", lambda: look_at_disk(args, plan))
-    elif not model:
-        table.row("SKIP", "LoRA, memory", "they need the model's config.json")
-    if model and rows:
+    if gpus and model and rows:
         table.check("tokens", lambda: tokenise(args, plan, rows, work_dir))
+    elif not args.download_only:
+        table.row("SKIP", "the rest", "needs what failed above")
     if table.first_failure:
         raise UserError(table.first_failure)
     run_folder.write_json(work_dir / "plan.json", plan | {"versions": versions()})
@@ -569,7 +566,7 @@ def tokenise(args: Arguments, plan: dict, rows: dict, work_dir: Path) -> str:
 
     tokenizer = AutoTokenizer.from_pretrained(plan["model_folder"])
     data.set_up_tokenizer(tokenizer)
-    per_forward = plan.get("world_size", 2) * args.rows_per_micro_batch
+    per_forward = plan["world_size"] * args.rows_per_micro_batch
     for split, multiple in (("train", per_forward * args.gradient_accumulation_steps), ("eval", per_forward)):
         packed = data.prepare(rows[split], tokenizer, args.max_seq_len, multiple, split)
         packed.save(work_dir / f"{split}.npz")

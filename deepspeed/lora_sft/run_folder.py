@@ -10,11 +10,13 @@ import json
 import math
 import os
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 from . import UserError
 
+CLAIM_TIMEOUT_S = 5.0  # the ranks of a run that was just killed may need a moment to disappear
 MARKER = "complete.json"
 CONFIG = "run_config.json"
 METRICS = "metrics.jsonl"
