@@ -59,12 +59,17 @@ def claim(folder: Path):
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"--output_dir {folder}: another run is writing there; wait or name another"
-            ) from None
+        deadline = time.monotonic() + CLAIM_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"--output_dir {folder}: another run is writing there; wait or name another"
+                    ) from None
+                time.sleep(0.1)
         yield
 
 
