@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 PYTHON ?=
-RUN = source ./env.sh &&
+RUN = VENV=.venv; source ./env.sh &&
 
 .PHONY: help install install-v100 rehearse test test-all test-v100 lint format lock clean
 
@@ -30,7 +30,7 @@ test-all: .venv/.installed  ## the long versions too
 	@$(RUN) python -P -m pytest
 
 test-v100: .venv-v100/.installed  ## parity and resume in the environment for Volta GPUs (torch 2.7.1)
-	@VENV=.venv-v100; $(RUN) python -P -m pytest -m v100
+	@VENV=.venv-v100; source ./env.sh && python -P -m pytest -m v100
 
 lint: .venv/.installed  ## ruff and shellcheck
 	@$(RUN) ruff check . && ruff format --check . && shellcheck -x env.sh deepspeed/*.sh .ci/run

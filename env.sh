@@ -61,8 +61,9 @@ install_environment() (
     touch "$1/.installed"
 )
 
-# An environment that is active stays; VENV names another than .venv.
-if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || [ -n "${VENV:-}" ]; then
+# An environment that is active and has DeepSpeed stays (a bare conda base does not count); VENV names one.
+if [ -n "${VENV:-}" ] || [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] ||
+    ! python -c 'import importlib.metadata as m; m.version("deepspeed")' 2>/dev/null; then
     if [ -x "$_repo/${VENV:-.venv}/bin/python" ]; then
         export VIRTUAL_ENV="$_repo/${VENV:-.venv}"
         export PATH="$VIRTUAL_ENV/bin:$PATH"

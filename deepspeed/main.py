@@ -96,12 +96,18 @@ def prepare(args: Arguments, zero_config: dict, work_dir: Path) -> int:
     """The first child: in a rehearsal it builds the tiny model, then preflight, tokens and the plan."""
     from lora_sft import preflight
 
-    if args.rehearse and args.model_name_or_path == str(Path(args.output_dir) / TINY_MODEL):
-        sys.path.insert(0, str(REHEARSAL))
-        from tiny_model import build_llama
+    try:
+        if args.rehearse and args.model_name_or_path == str(Path(args.output_dir) / TINY_MODEL):
+            sys.path.insert(0, str(REHEARSAL))
+            from tiny_model import build_llama
 
-        build_llama(Path(args.model_name_or_path))
-    return preflight.run(args, zero_config, work_dir)
+            build_llama(Path(args.model_name_or_path))
+        return preflight.run(args, zero_config, work_dir)
+    except Exception as error:
+        for folder in (Path(args.output_dir), work_dir):
+            if run_folder.disk_full(error, folder):
+                raise UserError(f"the disk or quota of {folder} is full; free some space") from error
+        raise
 
 
 def commit() -> str | None:

@@ -144,3 +144,31 @@ def test_the_launcher_leaves_cuda_visible_devices_alone(tmp_path):
         pytest.skip("this machine has GPUs")
     assert run.returncode == 2
     assert "error: no NVIDIA GPU here" in text or "CUDA_VISIBLE_DEVICES=2,3" in text
+
+
+def sourced(command: str, **env) -> str:
+    """Output of a bash command after `source env.sh`, in a clean environment."""
+    clean = {"HOME": "/nonexistent", "PATH": "/usr/bin:/bin"} | {key: str(value) for key, value in env.items()}
+    script = f"source {ROOT / 'env.sh'} && {command}"
+    return subprocess.run(["bash", "-c", script], env=clean, capture_output=True, text=True, check=True).stdout
+
+
+def test_one_variable_moves_every_cache(tmp_path):
+    moved = dict(line.split("=", 1) for line in sourced("env", LLM_STORAGE=tmp_path / "big").splitlines())
+    names = ("PIP_CACHE_DIR", "UV_CACHE_DIR", "HF_HOME", "FLASHINFER_WORKSPACE_BASE", "TVM_FFI_CACHE_DIR")
+    for name in (*names, "TRITON_HOME", "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
+        assert moved[name].startswith(str(tmp_path / "big")), name
+    assert sourced("echo $HF_HOME", LLM_STORAGE=tmp_path / "big", HF_HOME="/mine") == "/mine\n"
+    assert "HF_HOME" not in sourced("env")
+
+
+def test_an_active_environment_without_deepspeed_does_not_count(tmp_path):
+    """Clusters like to activate a bare conda base."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to("/usr/bin/false")
+    path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
+    if not (ROOT / ".venv").exists():
+        pytest.skip("no .venv in this checkout")
+    assert sourced("command -v python", CONDA_PREFIX=tmp_path, PATH=path) == f"{ROOT}/.venv/bin/python\n"
+    ours = f"{sys.prefix}/bin:/usr/bin:/bin"
+    assert sourced("command -v python", VIRTUAL_ENV=sys.prefix, PATH=ours) == f"{sys.prefix}/bin/python\n"

@@ -108,6 +108,15 @@ def test_unusable_gpu_is_explained(driver, wheel, expected):
     assert re.search(expected, preflight.explain_no_cuda(driver, wheel, "2.11.0"))
 
 
+def test_more_gpus_asked_for_than_visible(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"--num_gpus 2, but 1 visible .*--gres=gpu:2"):
+        preflight.look_at_gpus(replace(Arguments(), num_gpus=2), {})
+
+
 def test_link_between_gpus():
     matrix = (
         "\t\x1b[4mGPU0\tGPU1\tCPU Affinity\x1b[0m\nGPU0\t X \tNV18\t0-31\nGPU1\tNV18\t X \t0-31\n\nLegend:\n"
