@@ -41,13 +41,13 @@ install_environment() (
     cd "$_repo"
     python=$(_supported_python "${3:-}")
     if [ -n "${LLM_STORAGE:-}" ] && [ ! -d "$1" ]; then
-        target="$LLM_STORAGE/$(basename "$1")-$(cksum <"$2" | cut -d' ' -f1)"
+        target="$LLM_STORAGE/${1#.}-$(cksum <"$2" | cut -d' ' -f1)"
         mkdir -p "$target"
         ln -sfn "$target" "$1"
     fi
     echo "Installing $2 into $1 with $("$python" --version) (once; some minutes)"
     rm -f "$1/.installed"
-    [ -x "$1/bin/python" ] || "$python" -m venv --without-pip "$1"
+    [ -x "$1/bin/python" ] || "$python" -m venv --without-pip "$(readlink -f "$1")"
     uv=$(command -v uv || true)
     if [ -z "$uv" ]; then
         "$python" -m pip --disable-pip-version-check --python "$1/bin/python" install -q \
@@ -64,8 +64,13 @@ install_environment() (
 # An environment that is active and has DeepSpeed stays (a bare conda base does not count); VENV names one.
 if [ -n "${VENV:-}" ] || [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] ||
     ! python -c 'import importlib.metadata as m; m.version("deepspeed")' 2>/dev/null; then
-    if [ -x "$_repo/${VENV:-.venv}/bin/python" ]; then
-        export VIRTUAL_ENV="$_repo/${VENV:-.venv}"
+    _venv=${VENV:-.venv}
+    case $_venv in /*) ;; *) _venv=$_repo/$_venv ;; esac
+    if [ -x "$_venv/bin/python" ]; then
+        export VIRTUAL_ENV="$_venv"
         export PATH="$VIRTUAL_ENV/bin:$PATH"
+    elif [ -n "${VENV:-}" ]; then
+        echo "error: VENV=$VENV: no environment there; run: make install (or make install-v100)" >&2
+        return 2
     fi
 fi

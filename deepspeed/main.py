@@ -51,11 +51,10 @@ def run(args: Arguments, zero_config: dict, folder: Path, work_dir: Path) -> int
     stop.install()
     only_looking = args.preflight_only or args.download_only
     if not only_looking:
-        if args.overwrite and run_folder.holds_run(folder):
-            run_folder.clear(folder)
-        else:
-            run_folder.check_owner(folder, args.identity())
-        if run_folder.finished(folder):
+        start_anew = args.overwrite and run_folder.holds_run(folder)
+        if not start_anew:
+            run_folder.check_owner(folder, args.identity(zero_config))
+        if run_folder.finished(folder) and not start_anew:
             print(f"{folder} holds this run, finished; nothing to do (--overwrite starts anew)")
             return 0
 
@@ -67,10 +66,14 @@ def run(args: Arguments, zero_config: dict, folder: Path, work_dir: Path) -> int
         return 0
 
     plan = json.loads((work_dir / "plan.json").read_text())
+    if start_anew:
+        run_folder.clear(folder)
     run_folder.check_same_inputs(folder, plan)
-    config = {"identity": args.identity(), "arguments": vars(args), "plan": plan, "commit": commit()}
+    config = {"identity": args.identity(zero_config), "arguments": vars(args), "plan": plan, "commit": commit()}
     run_folder.write_json(folder / run_folder.CONFIG, config)
     latest = run_folder.latest_checkpoint(folder)
+    if latest is None:
+        (folder / run_folder.EVAL_BEFORE).unlink(missing_ok=True)
     plan["resume_from"] = str(latest) if latest else None
 
     def train(rank: int) -> int:
@@ -78,6 +81,8 @@ def run(args: Arguments, zero_config: dict, folder: Path, work_dir: Path) -> int
             import torch
 
             torch.cuda.set_device(rank)  # before an import below initialises CUDA on GPU 0
+        # Preflight has fetched everything; PEFT would ask the hub about the base model at every save.
+        os.environ["HF_HUB_OFFLINE"] = "1"
         from lora_sft.training import train_rank
 
         return train_rank(args, plan, work_dir, rank, stop)
@@ -103,6 +108,8 @@ def prepare(args: Arguments, zero_config: dict, work_dir: Path) -> int:
 
             build_llama(Path(args.model_name_or_path))
         return preflight.run(args, zero_config, work_dir)
+    except UserError:
+        raise
     except Exception as error:
         for folder in (Path(args.output_dir), work_dir):
             if run_folder.disk_full(error, folder):

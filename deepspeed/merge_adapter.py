@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
     try:
         config, _ = read_adapter(args.adapter)
         name = args.base or config["base_model_name_or_path"]
-        base = Path(name) if Path(name).is_dir() else preflight.cached_model(name)
+        base = Path(name) if Path(name).is_dir() else preflight.cached_model(name, config.get("revision"))
         if base is None:
             raise UserError(
                 f"base model {name}: no folder here and not complete in the cache; name it with --base"

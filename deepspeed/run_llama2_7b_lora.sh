@@ -21,7 +21,7 @@ if [ ! -f "$here/main.py" ]; then
     exit 2
 fi
 # shellcheck source=env.sh
-source "$here/../env.sh"
+source "$here/../env.sh" || exit 2
 if ! command -v python >/dev/null || ! python -c 'import importlib.metadata as m; m.version("deepspeed")' 2>/dev/null; then
     echo "error: no environment with DeepSpeed is active; run: make install" >&2
     exit 2
@@ -41,15 +41,17 @@ stop() {
         kill -KILL -- "-$job" 2>/dev/null
         return
     fi
-    touch "$STOP_FILE"
-    echo "stopping at the end of this step and saving (Ctrl-C again: kill without saving)" >&2
+    touch "$STOP_FILE" || true
+    echo "stopping at the end of this step and saving (Ctrl-C again: kill without saving)" >&2 || true
 }
 for name in HUP INT TERM USR1; do
     # shellcheck disable=SC2064
     trap "stop $name" "$name"
 done
 
+# A trapped signal interrupts `wait`; bash remembers the exit code of a job that ended meanwhile.
+while wait "$job" || true; kill -0 "$job" 2>/dev/null; do :; done
 code=0
-while wait "$job" && code=0 || code=$?; kill -0 "$job" 2>/dev/null; do :; done
+wait "$job" || code=$?
 rm -f "$STOP_FILE"
 exit "$code"

@@ -27,6 +27,9 @@ from lora_sft.arguments import CHANGED_FLAGS, HELP, Arguments, parse, read_zero_
         (["--dtype", "half"], r"choose auto, fp16, bf16 or fp32"),
         (["--device", "gpu"], r"choose cuda or cpu"),
         (["--gradient_checkpointing", "perhaps"], r"expected true or false"),
+        (["--learning_rate", "nan"], r"--learning_rate nan: must not be negative"),
+        (["--num_gpus", "-3"], r"--num_gpus -3: must not be negative"),
+        (["--seed", "-1"], r"--seed -1: must not be negative"),
         (["--num_train_epochs", "0"], r"must be above 0"),
         (["--data_path", "./missing.jsonl"], r"--data_path ./missing.jsonl: no such file or folder"),
         (["--model_name_or_path", "/no/model"], r"--model_name_or_path /no/model: no such file or folder"),
@@ -72,9 +75,10 @@ def test_rehearsals_never_write_to_the_real_jobs_folder():
 
 
 def test_memory_and_log_flags_do_not_make_another_run():
-    first = parse([]).identity()
-    assert parse(["--save_steps", "7", "--report_to", "tensorboard"]).identity() == first
-    assert parse(["--seed", "7"]).identity() != first
+    first = parse([]).identity({})
+    assert parse(["--save_steps", "7", "--report_to", "tensorboard"]).identity({}) == first
+    assert parse(["--seed", "7"]).identity({}) != first
+    assert parse([]).identity({"fp16": {"hysteresis": 4}}) != first
 
 
 @pytest.mark.parametrize(

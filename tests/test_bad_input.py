@@ -66,6 +66,17 @@ def test_lora_targets_that_match_nothing(refused):
     assert "q_proj" in message
 
 
+def test_one_of_several_lora_targets_is_mistyped(refused):
+    assert "--lora_target_modules v_porj: matches no module" in refused(
+        "--lora_target_modules", "q_proj, v_porj"
+    )
+
+
+def test_names_that_only_a_library_knows(refused):
+    assert "--lr_scheduler_type cosin: choose linear, cosine" in refused("--lr_scheduler_type", "cosin")
+    assert "--report_to paper: choose none" in refused("--report_to", "paper")
+
+
 def test_leaf_class_that_matches_nothing(refused, tmp_path):
     config = json.loads((ROOT / "deepspeed" / "zero3.json").read_text())
     config["zero_optimization"]["leaf_module"]["classes"] = ["OPTDecoderLayer"]

@@ -136,14 +136,36 @@ def test_ranks_see_exactly_the_gpus_that_were_given(start, quick, tmp_path):
 
 
 def test_the_launcher_leaves_cuda_visible_devices_alone(tmp_path):
-    """The whole way from bash: preflight prints what the program sees."""
-    run = launch("--data_path", ROOT / "rehearsal" / "preferences.jsonl", "--output_dir", tmp_path / "out",
-                 cwd=tmp_path, CUDA_VISIBLE_DEVICES="2,3", HF_HUB_OFFLINE="1")  # fmt: skip
-    text, _ = run.communicate(timeout=120)
-    if "FAIL  GPUs" not in text:
-        pytest.skip("this machine has GPUs")
-    assert run.returncode == 2
-    assert "error: no NVIDIA GPU here" in text or "CUDA_VISIBLE_DEVICES=2,3" in text
+    """From bash to the program: a python that only writes down what it was given."""
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\n[ "$1" = -c ] || echo "$CUDA_VISIBLE_DEVICES|$*" > {tmp_path}/seen\n')
+    fake.chmod(0o755)
+    path = f"{fake.parent}:/usr/bin:/bin"
+    run = launch("--seed", "7", cwd=tmp_path, CUDA_VISIBLE_DEVICES="2,3", PATH=path)
+    text, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, text
+    assert (tmp_path / "seen").read_text() == f"2,3|{ROOT}/deepspeed/main.py --seed 7\n"
+
+
+def test_a_signal_while_the_job_ends_does_not_change_the_exit_code(tmp_path):
+    """bash answers 143 for an interrupted `wait`; the job's own code must come through."""
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\ntouch {tmp_path}/up\nsleep 1.5\nexit 75\n')
+    fake.chmod(0o755)
+    # `touch` (the stop file) takes longer than the job, so the job ends while the trap runs.
+    slow = tmp_path / "bin" / "touch"
+    slow.write_text('#!/bin/sh\ncase "$1" in */lora_stop*) sleep 3 ;; esac\n/usr/bin/touch "$1"\n')
+    slow.chmod(0o755)
+    run = launch(cwd=tmp_path, PATH=f"{fake.parent}:/usr/bin:/bin")
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "up").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(run.pid, signal.SIGTERM)
+    text, _ = run.communicate(timeout=60)
+    assert run.returncode == 75, text
 
 
 def sourced(command: str, **env) -> str:
@@ -172,3 +194,5 @@ def test_an_active_environment_without_deepspeed_does_not_count(tmp_path):
     assert sourced("command -v python", CONDA_PREFIX=tmp_path, PATH=path) == f"{ROOT}/.venv/bin/python\n"
     ours = f"{sys.prefix}/bin:/usr/bin:/bin"
     assert sourced("command -v python", VIRTUAL_ENV=sys.prefix, PATH=ours) == f"{sys.prefix}/bin/python\n"
+    with pytest.raises(subprocess.CalledProcessError):  # mistyped: never another environment silently
+        sourced("true", VENV=".venv-v1000")

@@ -108,10 +108,29 @@ def test_unusable_gpu_is_explained(driver, wheel, expected):
     assert re.search(expected, preflight.explain_no_cuda(driver, wheel, "2.11.0"))
 
 
+def test_gpus_that_the_driver_lists_and_the_wheel_cannot_use(monkeypatch):
+    """An old driver: NVML counts the GPU, CUDA does not start."""
+    import torch
+
+    def too_old():
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(preflight, "driver_version", lambda: "535.104.05")
+    with pytest.raises(UserError, match=r"driver 535.104.05 is too old .* needs driver 580"):
+        preflight.look_at_gpus(Arguments(), {})
+    monkeypatch.setenv("GPU_MEMORY_CAP_GIB", "much")
+    with pytest.raises(UserError, match="GPU_MEMORY_CAP_GIB=much: give a number"):
+        preflight.look_at_gpus(Arguments(), {})
+
+
 def test_more_gpus_asked_for_than_visible(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"--num_gpus 2, but 1 visible .*--gres=gpu:2"):
         preflight.look_at_gpus(replace(Arguments(), num_gpus=2), {})
@@ -239,9 +258,10 @@ def test_predicted_end_is_compared_with_slurms(monkeypatch, caplog):
     monkeypatch.setattr(report.log, "propagate", True)
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 600))
     with caplog.at_level(logging.INFO, "lora_sft"):
-        report.announce_end(10.0, SimpleNamespace(max_steps=500, global_step=4), 8000)
-        report.announce_end(1.0, SimpleNamespace(max_steps=500, global_step=4), 8000)
-    assert "It will NOT fit: pass --max_train_rows 8" in caplog.messages[0]
+        report.announce_end(10.0, 100.0, SimpleNamespace(max_steps=500, global_step=5), 8000)
+        report.announce_end(1.0, 1.0, SimpleNamespace(max_steps=500, global_step=5), 8000)
+    # (600 s - 100 s) / 10 s * 0.9 = 45 steps and 5 done, of 500: a tenth of the rows
+    assert "or start anew with --overwrite --max_train_rows 79" in caplog.messages[0]
     assert "NOT fit" not in caplog.messages[1]
     assert "Slurm ends the job at" in caplog.messages[1]
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -56,15 +58,33 @@ def test_kill_9_of_everything(start, quick, uninterrupted, tmp_path):
     assert_finished_like(out, uninterrupted)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(4))
+def test_kill_9_at_random_moments(start, quick, uninterrupted, tmp_path, seed):
+    """Up to 5 kills, anywhere from the preflight to the final evaluation; then the run is let through."""
+    out, draw = tmp_path / "out", random.Random(seed)
+    for _ in range(5):
+        run = start(*quick, "--output_dir", out)
+        time.sleep(draw.uniform(0.2, 9.0))
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    code, text = start(*quick, "--output_dir", out).wait()
+    assert code == 0, text
+    assert_finished_like(out, uninterrupted)
+
+
 def test_kill_9_of_one_rank_ends_the_run_with_1(start, quick, uninterrupted, tmp_path):
     out = tmp_path / "out"
     run = start(*quick, "--output_dir", out)
     run.wait_for(lambda: len(rows_of(out)) >= 2)
-    os.kill(children_of(run.pid)[-1], signal.SIGKILL)
+    ranks = children_of(run.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
     code, text = run.wait()
     assert code == 1
-    assert "was killed by SIGKILL" in text
-    assert not children_of(run.pid)
+    assert "error: rank 1 was killed by SIGKILL" in text
+    assert "Traceback" not in text  # what the other rank saw of it explains nothing
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
 def test_kill_9_while_saving(start, quick, uninterrupted, tmp_path):
@@ -108,6 +128,32 @@ def test_signal_to_every_process(start, quick, uninterrupted, tmp_path, number):
         code, text = start(*quick, "--save_steps", "100", "--output_dir", out).wait()
         assert code == 0, text
         assert_finished_like(out, uninterrupted)
+
+
+def test_killed_after_the_last_step(start, quick, uninterrupted, tmp_path):
+    """Only the end is left: no step more (6 steps end in the middle of an epoch), the same adapter."""
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted, out)
+    for name in ("summary.json", "adapter_model.safetensors"):
+        (out / name).unlink()
+    code, text = start(*quick, "--output_dir", out).wait()
+    assert code == 0, text
+    assert_finished_like(out, uninterrupted)
+    assert not (out / "checkpoint-7").exists()
+
+
+def test_killed_before_the_first_checkpoint_starts_from_nothing(start, quick, uninterrupted, tmp_path):
+    """Neither an evaluation nor rows of the killed run may survive into the new one."""
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted, out, ignore=shutil.ignore_patterns("checkpoint-*", "summary.json"))
+    (out / "eval_before.json").write_text('{"eval_loss_before": 1.0}')
+    code, text = start(*quick, "--output_dir", out).wait()
+    assert code == 0, text
+    assert_finished_like(out, uninterrupted)
 
 
 def test_finished_run_is_left_alone_and_other_commands_are_refused(start, quick, uninterrupted):
@@ -159,6 +205,36 @@ def test_another_number_of_ranks_is_refused(start, quick, uninterrupted, tmp_pat
     code, text = start(*quick, "--num_gpus", "1", "--output_dir", out).wait()
     assert code == 2
     assert "was started on 2 GPUs, 1 here" in text
+
+
+def test_overwrite_deletes_nothing_before_preflight_has_passed(start, quick, uninterrupted, tmp_path):
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted, out)
+    code, _ = start(*quick, "--lora_target_modules", "nothing", "--overwrite", "--output_dir", out).wait()
+    assert code == 2
+    assert (out / "summary.json").exists()
+    assert (out / "checkpoint-6" / "complete.json").exists()
+
+
+def test_what_a_kill_may_leave_is_nobody_elses(tmp_path):
+    from lora_sft import run_folder
+
+    (tmp_path / "checkpoint-50").mkdir()
+    for name in (".disk_probe", "run_config.json.tmp", "training.log"):
+        (tmp_path / name).write_text("")
+    run_folder.check_owner(tmp_path, {})
+
+
+@pytest.mark.parametrize("key", ["data_sha256", "model_revision", "dtype"])
+def test_changed_inputs_are_refused(uninterrupted, key):
+    from lora_sft import UserError, run_folder
+
+    plan = json.loads((uninterrupted / "run_config.json").read_text())["plan"]
+    run_folder.check_same_inputs(uninterrupted, plan)
+    with pytest.raises(UserError, match="changed since the run began"):
+        run_folder.check_same_inputs(uninterrupted, plan | {key: "other"})
 
 
 def test_overwrite_starts_anew(start, quick, uninterrupted, tmp_path):

@@ -23,7 +23,7 @@ def live_tensors(engine) -> dict[str, torch.Tensor]:
     parameters = [p for name, p in engine.module.named_parameters() if "lora_" in name]
     with deepspeed.zero.GatheredParameters(parameters):
         state = {name: p for name, p in engine.module.named_parameters() if "lora_" in name}
-        state = get_peft_model_state_dict(engine.module, state_dict=state)
+        state = get_peft_model_state_dict(engine.module, state_dict=state, save_embedding_layers=False)
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
 

@@ -2,7 +2,9 @@
 
 import argparse
 import difflib
+import hashlib
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -93,11 +95,20 @@ class Arguments:
     def rows_per_micro_batch(self) -> int:
         return self.tokens_per_micro_batch // self.max_seq_len
 
-    def identity(self) -> dict:
+    @property
+    def lora_targets(self) -> str | list[str]:
+        """As LoraConfig takes it."""
+        if self.lora_target_modules == "all-linear":
+            return self.lora_target_modules
+        return [name.strip() for name in self.lora_target_modules.split(",")]
+
+    def identity(self, zero_config: dict) -> dict:
         """What makes two commands the same run: everything that changes the numbers."""
         other = {"output_dir", "deepspeed", "save_steps", "save_total_limit", "report_to", "overwrite"}
         other |= {"preflight_only", "download_only", "num_gpus"}
-        return {key: value for key, value in asdict(self).items() if key not in other}
+        zero_sha256 = hashlib.sha256(json.dumps(zero_config, sort_keys=True).encode()).hexdigest()
+        same = {key: value for key, value in asdict(self).items() if key not in other}
+        return same | {"deepspeed": f"sha256 {zero_sha256[:12]}"}
 
 
 HELP = {
@@ -223,8 +234,10 @@ def _check(args: Arguments) -> None:
         )
     if args.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {args.num_train_epochs}: must be above 0")
-    if args.learning_rate < 0:
-        raise UserError(f"--learning_rate {args.learning_rate}: must not be negative")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed", "num_gpus"):
+        value = getattr(args, name)
+        if not (value >= 0 and math.isfinite(value)):
+            raise UserError(f"--{name} {value}: must not be negative")
     if not 0 <= args.lora_dropout < 1 or not 0 <= args.warmup_ratio < 1:
         raise UserError("--lora_dropout and --warmup_ratio: must be in [0, 1)")
     if args.dtype not in ("auto", "fp16", "bf16", "fp32"):

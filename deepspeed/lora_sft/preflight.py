@@ -5,6 +5,7 @@
 """
 
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -132,7 +133,12 @@ def look_at_gpus(args: Arguments, plan: dict) -> str:
     import torch
 
     plan |= {"gpu_name": None, "gpu_free_gib": None, "capability": None}
-    cap_gib = float(os.environ.get("GPU_MEMORY_CAP_GIB") or "inf")
+    try:
+        cap_gib = float(os.environ.get("GPU_MEMORY_CAP_GIB") or "inf")
+    except ValueError:
+        raise UserError(
+            f"GPU_MEMORY_CAP_GIB={os.environ['GPU_MEMORY_CAP_GIB']}: give a number of GiB"
+        ) from None
     plan["gpu_limit_gib"] = min(ASSUMED_GPU_GIB - CONTEXT_GIB, cap_gib)
     plan["world_size"] = args.num_gpus or 2
     plan["dtype"], plan["dtype_reason"] = choose_dtype(args.dtype, args.device, None)
@@ -145,6 +151,10 @@ def look_at_gpus(args: Arguments, plan: dict) -> str:
         if driver is None and args.preflight_only:
             return f"SKIP: no GPU here; {plan['world_size']} x {ASSUMED_GPU_GIB} GiB assumed"
         raise UserError(explain_no_cuda(driver, torch.version.cuda, torch.__version__))
+    try:
+        torch.cuda.init()  # what is counted above is what the driver lists, not what this wheel can use
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(explain_no_cuda(driver_version(), torch.version.cuda, torch.__version__)) from error
     visible = torch.cuda.device_count()
     if args.num_gpus > visible:
         raise UserError(
@@ -186,30 +196,33 @@ def look_at_links(plan: dict) -> str | None:
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(plan["world_size"])))
     try:
-        first, second = map(int, visible.split(",")[:2])
+        indices = [int(index) for index in visible.split(",")][: plan["world_size"]]
         command = ["nvidia-smi", "topo", "-m"]
         output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        link = link_between(output, first, second)
+        links = {pair: link_between(output, *pair) for pair in itertools.combinations(indices, 2)}
     except (OSError, subprocess.SubprocessError, ValueError):
         return "SKIP: nvidia-smi does not tell how the GPUs are linked"
-    if link.startswith("NV"):
-        return f"{link[2:]} NVLinks between GPU {first} and GPU {second}"
-    return (
-        f"WARN: PCIe ({link}) between GPU {first} and GPU {second}: gathers are slow, keep "
-        "--tokens_per_micro_batch high"
-    )
+    for (first, second), link in links.items():
+        if not link.startswith("NV"):
+            return (
+                f"WARN: PCIe ({link}) between GPU {first} and GPU {second}: gathers are slow, keep "
+                "--tokens_per_micro_batch high"
+            )
+    return f"NVLink between all pairs ({', '.join(sorted(set(links.values())))})"
 
 
 # --- model and data -----------------------------------------------------------------------------------
 
 
-def cached_model(name: str) -> Path | None:
+def cached_model(name: str, revision: str | None = None) -> Path | None:
     """The snapshot folder of a hub model if config, tokenizer and every weight file are there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=MODEL_FILES, local_files_only=True))
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES, local_files_only=True)
+        )
     except LocalEntryNotFoundError:
         return None
     try:
@@ -302,6 +315,8 @@ def check_download_space(name: str) -> None:
     siblings = HfApi().model_info(name, files_metadata=True).siblings or []
     size = sum(file.size or 0 for file in siblings if file.rfilename.endswith(".safetensors"))
     cache = hub_cache()
+    blobs = cache / f"models--{name.replace('/', '--')}" / "blobs"
+    size -= sum(path.stat().st_size for path in blobs.glob("*"))  # what an interrupted download has left
     cache.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache).free
     if free < size:
@@ -335,6 +350,19 @@ def look_at_data(args: Arguments, plan: dict, rows: dict) -> str:
     return f"{args.data_path}: {len(rows['train']):,} of {len(train):,} rows to train, {len(rows['eval']):,} to evaluate"
 
 
+def look_at_names(args: Arguments) -> None:
+    """Names that only a library can judge."""
+    from transformers import SchedulerType
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    schedules = [schedule.value for schedule in SchedulerType]
+    if args.lr_scheduler_type not in schedules:
+        raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type}: choose {', '.join(schedules)}")
+    reporters = ("none", "all", *INTEGRATION_TO_CALLBACK)
+    if args.report_to not in reporters:
+        raise UserError(f"--report_to {args.report_to}: choose {', '.join(reporters)}")
+
+
 # --- LoRA, ZeRO, memory -------------------------------------------------------------------------------
 
 
@@ -356,20 +384,15 @@ def look_at_lora(args: Arguments, plan: dict, zero_config: dict) -> str:
     matmul = sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in embedding)
     if config.tie_word_embeddings:
         matmul += config.vocab_size * config.hidden_size
-    targets = args.lora_target_modules
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=args.lora_r,
-        target_modules=targets if targets == "all-linear" else targets.split(","),
-    )
-    try:
-        with torch.device("meta"):
-            model = get_peft_model(model, lora)
-    except ValueError as error:
-        linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise UserError(
-            f"--lora_target_modules {targets}: matches no module of the model; it has {', '.join(linear)}"
-        ) from error
+    linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+    for name in args.lora_targets if isinstance(args.lora_targets, list) else []:
+        if name.split(".")[-1] not in linear:  # PEFT complains only if none of them matches
+            raise UserError(
+                f"--lora_target_modules {name}: matches no module of the model; it has {', '.join(linear)}"
+            )
+    with torch.device("meta"):
+        lora = LoraConfig(task_type="CAUSAL_LM", r=args.lora_r, target_modules=args.lora_targets)
+        model = get_peft_model(model, lora)
     lora_sizes = [p.numel() for name, p in model.named_parameters() if "lora_" in name]
     classes = {type(module).__name__ for module in model.modules()}
     leaf = zero_config["zero_optimization"].get("leaf_module", {}).get("classes", [])
@@ -392,7 +415,6 @@ def look_at_lora(args: Arguments, plan: dict, zero_config: dict) -> str:
         "base_parameters": sum(base.values()),
         "matmul_parameters": matmul,
         "lora_parameters": sum(lora_sizes),
-        "lora_tensors": len(lora_sizes),
     }
     plan["predicted_parts_gib"] = predict_memory(config.to_dict(), base, lora_sizes, args, plan, zero)
     plan["predicted_peak_gib"] = sum(plan["predicted_parts_gib"].values())
@@ -442,12 +464,16 @@ def judge_memory(args: Arguments, plan: dict) -> str:
     """Raises UserError with the flag to change if the predicted peak does not fit."""
     predicted, limit = plan["predicted_peak_gib"], plan["gpu_limit_gib"]
     width = max(map(len, plan["predicted_parts_gib"]))
-    parts = "".join(f"\n{'':26}{name:{width}} {gib:6.2f}" for name, gib in plan["predicted_parts_gib"].items())
-    text = f"{predicted:.2f} GiB predicted of {limit:.2f} per GPU{parts}"
+    unit, scale = ("GiB", 1) if predicted >= 1 else ("MiB", 1024)
+    parts = "".join(
+        f"\n{'':26}{name:{width}} {gib * scale:6.2f} {unit}"
+        for name, gib in plan["predicted_parts_gib"].items()
+    )
+    text = f"{predicted * scale:.2f} {unit} predicted of {limit:.2f} GiB per GPU{parts}"
     if args.device == "cpu":
         return text
     if predicted > limit:
-        flag = f"--tokens_per_micro_batch {max(args.max_seq_len, args.tokens_per_micro_batch // 2)}"
+        flag = f"--tokens_per_micro_batch {args.rows_per_micro_batch // 2 * args.max_seq_len}"
         if args.tokens_per_micro_batch <= args.max_seq_len:
             flag = f"--max_seq_len {args.max_seq_len // 2} --tokens_per_micro_batch {args.max_seq_len // 2}"
         if plan["world_size"] < 2 and plan["predicted_parts_gib"]["weight shard"] > limit / 2:
@@ -539,6 +565,7 @@ def run(args: Arguments, zero_config: dict, work_dir: Path) -> int:
     table, plan, rows = Table(), {}, {}
     print("preflight")
     table.check("packages", lambda: ", ".join(f"{k} {v}" for k, v in versions().items() if k != "numpy"))
+    table.check("flags", lambda: look_at_names(args))
     # Login nodes, where one downloads, have no GPU.
     gpus = not args.download_only and table.check("GPUs", lambda: look_at_gpus(args, plan))
     if gpus:

@@ -5,13 +5,14 @@ import logging
 import math
 import os
 import resource
-import sys
+import shlex
 import time
 from pathlib import Path
 
 import torch
 
-from .run_folder import METRICS, SUMMARY, write_json
+from .arguments import FOLDER
+from .run_folder import EVAL_BEFORE, METRICS, SUMMARY, write_json
 
 log = logging.getLogger("lora_sft")
 
@@ -24,6 +25,8 @@ PEAK_TFLOPS = {
     "A10": 125,
     "A6000": 155,
     "L40": 181,
+    "L40S": 362,
+    "A30": 165,
     "L4": 121,
     "RTX 3090": 71,
     "RTX 4090": 165,
@@ -50,9 +53,11 @@ def peak_host_rss_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def announce_end(step_time_s: float, state, max_train_rows: int) -> None:
-    """Prints when the last step will be done, compared with Slurm's end of the job if there is one."""
-    remaining_s = (state.max_steps - state.global_step) * step_time_s
+def announce_end(step_time_s: float, evaluation_s: float, state, train_rows: int) -> None:
+    """Prints when the last step and the evaluation after it will be done, compared with Slurm's end of the
+    job if there is one."""
+    steps_left = state.max_steps - state.global_step
+    remaining_s = steps_left * step_time_s + evaluation_s
     end_s = time.time() + remaining_s
     clock = time.strftime("%H:%M:%S", time.localtime(end_s))
     text = (
@@ -62,10 +67,13 @@ def announce_end(step_time_s: float, state, max_train_rows: int) -> None:
     if math.isfinite(job_end_s):
         text += f"; Slurm ends the job at {time.strftime('%H:%M:%S', time.localtime(job_end_s))}"
         if end_s > job_end_s:
-            share = max(0.0, job_end_s - time.time()) / remaining_s * 0.9
+            fitting = (
+                0.9 * max(0.0, job_end_s - time.time() - evaluation_s) / step_time_s
+            )  # steps; 10 % in hand
+            rows = int(train_rows * min(1.0, (state.global_step + fitting) / state.max_steps))
             text += (
-                f". It will NOT fit: pass --max_train_rows {max(1, int(max_train_rows * share))}, "
-                "or let it stop and run the same command again: it resumes"
+                ". It will NOT fit: run the same command again in another job (it resumes), or start anew with "
+                f"--overwrite --max_train_rows {max(2, rows)}"
             )
     log.info(text)
 
@@ -85,7 +93,7 @@ def summarise(rows: list[dict], plan: dict, gradient_checkpointing: bool) -> dic
     world_size = plan["world_size"]
     seconds = sum(row["step_time_s"] for row in timed)
     rate = sum(row["real_tokens"] for row in timed) / world_size / seconds
-    peak = peak_tflops(plan["gpu_name"])
+    peak = peak_tflops(plan["gpu_name"]) if plan["dtype"] != "fp32" else None
     mfu = rate * 4 * plan["matmul_parameters"] / (peak * 1e12) if peak else None
     return {
         "steps": len(rows),
@@ -105,7 +113,9 @@ def finish(
 ) -> None:
     """Writes the plots and, last of all, summary.json (the mark of a finished run); prints ten lines."""
     rows = read_metrics(folder)
-    before = json.loads((folder / "eval_before.json").read_text())["eval_loss_before"]
+    before = json.loads((folder / EVAL_BEFORE).read_text())["eval_loss_before"]
+    peaks = [peak_gib, *(row["peak_reserved_gib"] for row in rows)]  # a resumed run has several processes
+    peak_gib = max((gib for gib in peaks if gib), default=None)
     summary = summarise(rows, plan, args.gradient_checkpointing) | {
         "eval_loss_before": before,
         "eval_loss_after": eval_loss_after,
@@ -131,28 +141,32 @@ def finish(
     mfu = (
         f"{summary['mfu_4n']:.1%} (4N), HFU {summary['hfu_6n']:.1%} (6N)"
         if summary["mfu_4n"]
-        else "not defined on CPU"
+        else "unknown here"
     )
     peak = (
         f"{peak_gib:.2f} GiB of GPU memory"
         if peak_gib
         else f"{summary['peak_host_rss_gib']:.2f} GiB of host memory"
     )
-    merge = Path(sys.argv[0]).with_name("merge_adapter.py")
+    predicted = plan["predicted_peak_gib"]
+    predicted_text = f"{predicted:.2f} GiB" if predicted >= 1 else f"{predicted * 1024:.0f} MiB"
+    merge = FOLDER / "merge_adapter.py"
     for line in (
         "",
         f"perplexity   {summary['perplexity_before']:.3f} before, {summary['perplexity_after']:.3f} after "
         f"(loss {before:.4f} -> {eval_loss_after:.4f} on {plan['eval']['documents']} rows)",
         f"throughput   {summary['tokens_per_s_per_gpu']:,.0f} real tokens/s per GPU, MFU {mfu}",
-        f"peak         {peak} per rank, {plan['predicted_peak_gib']:.2f} GiB predicted for a GPU",
+        f"peak         {peak} per rank, {predicted_text} predicted for a GPU",
         f"tokens       {summary['train_tokens']:,} seen, {summary['trained_share']:.0%} of positions trained, "
         f"{summary['padding_share']:.1%} padding",
         f"rows         {plan['train']['documents']} trained, {summary['rows_skipped']} skipped, "
         f"{summary['rows_cut']} cut; {summary['skipped_updates']} updates skipped for overflow",
-        f"time         {summary['steps']} steps in {summary['train_s']:.0f} s, {wall_s:.0f} s with start and evaluation",
+        f"time         {summary['steps']} steps in {summary['train_s']:.0f} s; {wall_s:.0f} s for this start, its steps "
+        "and evaluation",
+        f"summary      {folder / SUMMARY}",
         f"plots        {folder / 'loss.png'}, memory.png",
         f"adapter      {folder / 'adapter_model.safetensors'}",
-        f"next         python {merge} --adapter {folder} --output_dir MERGED_MODEL",
+        f"next         python {shlex.quote(str(merge))} --adapter {shlex.quote(str(folder))} --output_dir MERGED_MODEL",
     ):
         log.info(line)
 

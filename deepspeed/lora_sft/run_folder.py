@@ -21,9 +21,10 @@ MARKER = "complete.json"
 CONFIG = "run_config.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+EVAL_BEFORE = "eval_before.json"
 ADAPTER = "adapter_model.safetensors"
 OURS = (
-    *(CONFIG, METRICS, SUMMARY, "training.log", "eval_before.json", "loss.png", "memory.png", "README.md"),
+    *(CONFIG, METRICS, SUMMARY, "training.log", EVAL_BEFORE, "loss.png", "memory.png", "README.md"),
     *(ADAPTER, "adapter_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "chat_template.jinja", "training_args.bin", "runs", "tiny_llama"),
 )
@@ -85,7 +86,12 @@ def check_owner(folder: Path, identity: dict) -> None:
     """Raises UserError unless the folder is empty or holds a run of the same `identity`."""
     stored_path = folder / CONFIG
     if not holds_run(folder):
-        foreign = sorted(e.name for e in folder.iterdir() if e.name not in (*OURS, ".lock"))
+        # A kill may leave any of these without the others.
+        ours = (*OURS, ".lock", ".disk_probe")
+        names = sorted(entry.name for entry in folder.iterdir())
+        foreign = [
+            n for n in names if n not in ours and not n.startswith("checkpoint-") and not n.endswith(".tmp")
+        ]
         if foreign:
             raise UserError(
                 f"--output_dir {folder}: holds {foreign[0]} but no {CONFIG}; name an empty or new folder"
@@ -117,7 +123,12 @@ def check_same_inputs(folder: Path, plan: dict) -> None:
             f"--output_dir {folder}: was started on {stored['world_size']} GPUs, {plan['world_size']} here; ZeRO-3 "
             "checkpoints need the same number (or --overwrite starts anew)"
         )
-    for key, what in (("data_sha256", "the rows of --data_path"), ("model_revision", "the model on the hub")):
+    inputs = {
+        "data_sha256": "the rows of --data_path",
+        "model_revision": "the model on the hub",
+        "dtype": "the precision that the GPU allows",
+    }
+    for key, what in inputs.items():
         if stored[key] != plan[key]:
             raise UserError(
                 f"--output_dir {folder}: {what} changed since the run began; --overwrite starts anew"
@@ -125,8 +136,10 @@ def check_same_inputs(folder: Path, plan: dict) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Removes what a run wrote, and nothing else."""
-    for path in [*(folder / name for name in OURS), *folder.glob("checkpoint-*")]:
+    """Removes what a run wrote, and nothing else; the mark of a run goes last. The rehearsal's model stays:
+    preflight has just built it."""
+    names = [name for name in OURS if name not in (CONFIG, "tiny_llama")]
+    for path in [*folder.glob("checkpoint-*"), *(folder / name for name in names), folder / CONFIG]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

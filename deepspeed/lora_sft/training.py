@@ -3,7 +3,9 @@
 import gc
 import json
 import logging
+import math
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -107,13 +109,12 @@ def load_model(args: Arguments, plan: dict, tokenizer) -> torch.nn.Module:
     model.config.use_cache = False  # with a cache, packed documents would see each other
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.enable_input_require_grads()  # a frozen embedding otherwise cuts checkpointed layers off the graph
-    targets = args.lora_target_modules
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=targets if targets == "all-linear" else targets.split(","),
+        target_modules=args.lora_targets,
         revision=plan["model_revision"],
     )
     set_seed(args.seed)  # the same lora_A on every rank
@@ -213,6 +214,12 @@ class PackedTrainer(Trainer):
         self.nonfinite_loss |= not torch.isfinite(loss).item()
         return loss
 
+    def _run_epoch(self, *args, **kwargs):
+        # A run that was killed after its last step has nothing left to train; Trainer would only look at
+        # this flag after one more step.
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
 
 class RunCallback(TrainerCallback):
     """What happens around the steps: self-test and first evaluation, metrics row, progress bar, stop
@@ -225,8 +232,10 @@ class RunCallback(TrainerCallback):
         self.bar: tqdm | None = None
         self.stopped = False
         self.skipped_in_a_row = 0
+        self.last_good_step = 0  # its forward pass was finite, so the weights before its update were good
         self.row: dict = {}
-        self.timed: list[tuple[float, float]] = []  # (real tokens per GPU, seconds) after warm-up
+        self.step_times_s: list[float] = []  # of this process
+        self.evaluation_s = 0.0
 
     def on_train_begin(self, hf_args, state, control, **_):
         engine = self.trainer.model_wrapped
@@ -236,14 +245,23 @@ class RunCallback(TrainerCallback):
             scaler.raise_error_at_min_scale = False
         error = packing_self_test(engine, engine.module.config.vocab_size, hf_args.device)
         log.info("packing self-test passed: relative error %.1e between packed and separate documents", error)
-        before = self.folder / "eval_before.json"
+        before = self.folder / run_folder.EVAL_BEFORE
         if not before.exists():
+            started_s = time.perf_counter()
             loss = evaluate(engine, self.eval_rows, self.args.rows_per_micro_batch, hf_args.device)
+            self.evaluation_s = time.perf_counter() - started_s
             log.info("evaluation before training: loss %.4f", loss)
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss before training is {loss}: the base model does not fit {self.plan['dtype']}"
+                )
             if state.is_world_process_zero:
                 run_folder.write_json(before, {"eval_loss_before": loss})
             dist.barrier()
         if state.is_world_process_zero:
+            config = json.loads((self.folder / run_folder.CONFIG).read_text())
+            config["resolved_zero_config"] = hf_args.hf_deepspeed_config.config
+            run_folder.write_json(self.folder / run_folder.CONFIG, config)
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", smoothing=0.1)
         if state.global_step >= state.max_steps:  # killed after the last step: only the end is left
             control.should_training_stop = True
@@ -278,30 +296,41 @@ class RunCallback(TrainerCallback):
             "skipped_update": skipped,
             "nonfinite_loss": bool(nonfinite),
         }
-        if state.global_step > WARMUP_STEPS_UNTIMED:
-            self.timed.append((tokens_per_gpu, step_time_s))
-        if len(self.timed) == 1 and state.is_world_process_zero:
-            report.announce_end(step_time_s, state, self.args.max_train_rows)
+        self.step_times_s.append(step_time_s)
+        if len(self.step_times_s) == 2 * WARMUP_STEPS_UNTIMED and state.is_world_process_zero:
+            median_s = statistics.median(self.step_times_s[WARMUP_STEPS_UNTIMED:])
+            report.announce_end(median_s, self.evaluation_s, state, self.plan["train"]["rows"])
+        if skipped or nonfinite:
+            control.should_save = False  # good checkpoints must not be rotated away by spoiled ones
+        else:
+            self.last_good_step = state.global_step
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            self.give_up(engine, state)
+            self.give_up(engine, state, f"{MAX_SKIPPED_IN_A_ROW} updates in a row were skipped for overflow")
+        if nonfinite and self.plan["dtype"] != "fp16":
+            self.give_up(engine, state, "the loss is not finite")
         if stop:
             self.stopped = True
             control.should_save = control.should_training_stop = True
 
-    def give_up(self, engine, state) -> None:
-        """Ends the run with a diagnosis. Every rank runs the forward: its gathers are collective."""
-        where = first_nonfinite(engine, self.trainer.last_micro_batch)
-        checkpoint = next(reversed(run_folder.complete_checkpoints(self.folder)), None)
-        if where:
+    def give_up(self, engine, state, what: str) -> None:
+        """Ends the run with a diagnosis. Every rank runs the passes: their gathers are collective."""
+        good = [
+            c
+            for c in run_folder.complete_checkpoints(self.folder)
+            if run_folder.step_of(c) < self.last_good_step
+        ]
+        inputs = self.trainer.last_micro_batch
+        if where := first_nonfinite(engine, inputs):
             advice = f"the forward pass is already non-finite ({where}): lower --learning_rate or --lora_alpha"
         else:
+            where = first_nonfinite_gradient(engine, inputs) or "none in the last micro-batch"
             advice = (
-                "the forward pass is finite, so gradients overflow: lower --learning_rate or --max_seq_len, "
-                "or use --dtype bf16 on a GPU of compute capability 8.0 or higher"
+                f"the forward pass is finite, so gradients overflow (first: {where}): lower --learning_rate, "
+                "--lora_alpha or --max_seq_len, or use --dtype bf16 on a GPU of compute capability 8.0 or higher"
             )
         raise UserError(
-            f"{MAX_SKIPPED_IN_A_ROW} updates in a row were skipped for overflow (step {state.global_step}, loss "
-            f"scale {engine.optimizer.loss_scale:g}); {advice}; last good checkpoint: {checkpoint or 'none yet'}"
+            f"{what} (step {state.global_step}, loss scale {engine.optimizer.loss_scale:g}); {advice}; "
+            f"last good checkpoint: {good[-1] if good else 'none yet'}"
         )
 
     def on_log(self, hf_args, state, control, logs=None, **_):
@@ -357,12 +386,46 @@ def first_nonfinite(engine: torch.nn.Module, micro_batch: dict[str, torch.Tensor
         logits_of(engine, micro_batch)
     for hook in hooks:
         hook.remove()
+    return first_of_all_ranks(found)
+
+
+def first_nonfinite_gradient(engine: torch.nn.Module, micro_batch: dict[str, torch.Tensor]) -> str | None:
+    """Runs forward and backward at the current loss scale on all ranks and names the first trainable tensor
+    (the backward pass goes from the last layer to the first) whose gradient is non-finite on any rank."""
+    found: list[str] = []
+
+    def watch(name: str):
+        def hook(gradient):
+            if not found and not torch.isfinite(gradient).all():
+                found.append(name)
+
+        return hook
+
+    hooks = [p.register_hook(watch(name)) for name, p in engine.module.named_parameters() if p.requires_grad]
+    engine.backward(engine(**micro_batch, use_cache=False).loss)
+    for hook in hooks:
+        hook.remove()
+    return first_of_all_ranks(found)
+
+
+def first_of_all_ranks(found: list[str]) -> str | None:
+    """The first entry of the lowest rank that has one. Collective."""
     names: list = [None] * dist.get_world_size()
     dist.all_gather_object(names, found[0] if found else None)
     return next((name for name in names if name), None)
 
 
 # --- one rank, start to end ---------------------------------------------------------------------------
+
+
+class Terminal(logging.StreamHandler):
+    """Prints above the progress bar instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record))
+        except OSError:  # the terminal is gone; the run goes on and training.log has the line
+            self.handleError(record)
 
 
 def set_up_logging(folder: Path, rank: int) -> None:
@@ -372,7 +435,7 @@ def set_up_logging(folder: Path, rank: int) -> None:
     if rank:
         log.addHandler(logging.NullHandler())
         return
-    terminal = logging.StreamHandler(sys.stdout)
+    terminal = Terminal(sys.stdout)
     terminal.setLevel(logging.INFO)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     file = logging.FileHandler(folder / "training.log")
