@@ -15,12 +15,12 @@ install-v100: .venv-v100/.installed  ## create .venv-v100, the environment for V
 install: .venv/.installed  ## create .venv from requirements.txt (done by the other targets)
 
 .venv/.installed: requirements.txt
-	@source ./env.sh && install_environment .venv requirements.txt "$(PYTHON)"
+	@VENV=; source ./env.sh && install_environment .venv requirements.txt "$(PYTHON)"
 
 .venv-v100/.installed: deepspeed/requirements-v100.txt
-	@source ./env.sh && install_environment .venv-v100 deepspeed/requirements-v100.txt "$(PYTHON)"
+	@VENV=; source ./env.sh && install_environment .venv-v100 deepspeed/requirements-v100.txt "$(PYTHON)"
 
-rehearse: .venv/.installed  ## both main jobs on the CPU: tiny model, shipped data, same code path
+rehearse: .venv/.installed  ## the fine-tuning job on the CPU: tiny model, shipped data, same code path
 	@$(RUN) bash deepspeed/run_llama2_7b_lora.sh --rehearse
 
 test: .venv/.installed  ## every claim once, on real DeepSpeed, without a GPU or the hub

@@ -37,8 +37,8 @@ job=$!
 # shellcheck disable=SC2329
 stop() {
     if [ -e "$STOP_FILE" ] && [ "$1" = INT ]; then
-        echo "killed without saving; the same command resumes from the last checkpoint" >&2
-        kill -KILL -- "-$job" 2>/dev/null
+        echo "killed without saving; the same command resumes from the last checkpoint" >&2 || true
+        kill -KILL -- "-$job" 2>/dev/null || true
         return
     fi
     touch "$STOP_FILE" || true
