@@ -10,14 +10,16 @@ machine, 75 stopped and resumable.
 import functools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from lora_sft import UserError, run_folder
+sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
+from lora_sft import run_folder
 from lora_sft.arguments import REHEARSAL, TINY_MODEL, Arguments, parse, read_zero_config
 from lora_sft.ranks import StopRequest, run_in_child, run_ranks
+from workbench import UserError
+from workbench.files import claim, commit, disk_full, write_json
 
 
 def main(argv: list[str]) -> int:
@@ -26,7 +28,7 @@ def main(argv: list[str]) -> int:
         zero_config = read_zero_config(args.deepspeed)
         set_up_environment(args)
         folder = Path(args.output_dir)
-        with run_folder.claim(folder), tempfile.TemporaryDirectory(prefix="lora_sft_") as work_dir:
+        with claim(folder, "--output_dir"), tempfile.TemporaryDirectory(prefix="lora_sft_") as work_dir:
             return run(args, zero_config, folder, Path(work_dir))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -70,7 +72,7 @@ def run(args: Arguments, zero_config: dict, folder: Path, work_dir: Path) -> int
         run_folder.clear(folder)
     run_folder.check_same_inputs(folder, plan)
     config = {"identity": args.identity(zero_config), "arguments": vars(args), "plan": plan, "commit": commit()}
-    run_folder.write_json(folder / run_folder.CONFIG, config)
+    write_json(folder / run_folder.CONFIG, config)
     latest = run_folder.latest_checkpoint(folder)
     if latest is None:
         (folder / run_folder.EVAL_BEFORE).unlink(missing_ok=True)
@@ -112,18 +114,9 @@ def prepare(args: Arguments, zero_config: dict, work_dir: Path) -> int:
         raise
     except Exception as error:
         for folder in (Path(args.output_dir), work_dir):
-            if run_folder.disk_full(error, folder):
+            if disk_full(error, folder):
                 raise UserError(f"the disk or quota of {folder} is full; free some space") from error
         raise
-
-
-def commit() -> str | None:
-    """The repository's commit, with "-dirty" if files differ; None outside git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":

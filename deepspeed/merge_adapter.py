@@ -14,7 +14,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from lora_sft import UserError, preflight, run_folder
+sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
+from lora_sft import run_folder
+from workbench import UserError
+from workbench.files import disk_full
+from workbench.machine import cached_model, check_model_folder
 
 PREFIX = "base_model.model."
 
@@ -74,7 +78,7 @@ def merge(adapter: Path, base: Path, out: Path) -> int:
     for source, pattern in ((base, "*.json"), (adapter, "tokenizer*"), (adapter, "chat_template.jinja")):
         for path in source.glob(pattern):
             shutil.copyfile(path, out / path.name)
-    preflight.check_model_folder(out)
+    check_model_folder(out)
     return len(pairs)
 
 
@@ -100,12 +104,12 @@ def main(argv: list[str]) -> int:
     try:
         config, _ = read_adapter(args.adapter)
         name = args.base or config["base_model_name_or_path"]
-        base = Path(name) if Path(name).is_dir() else preflight.cached_model(name, config.get("revision"))
+        base = Path(name) if Path(name).is_dir() else cached_model(name, config.get("revision"))
         if base is None:
             raise UserError(
                 f"base model {name}: no folder here and not complete in the cache; name it with --base"
             )
-        preflight.check_model_folder(base)
+        check_model_folder(base)
         if args.output_dir.exists() and any(args.output_dir.iterdir()):
             raise UserError(f"--output_dir {args.output_dir}: is not empty")
         # Written beside and renamed at the end: a folder with that name is a complete model.
@@ -118,7 +122,7 @@ def main(argv: list[str]) -> int:
                 args.output_dir.rmdir()
             os.replace(part, args.output_dir)
         except Exception as error:
-            if run_folder.disk_full(error, args.output_dir.absolute().parent):
+            if disk_full(error, args.output_dir.absolute().parent):
                 raise UserError(f"--output_dir {args.output_dir}: the disk or quota is full") from error
             raise
         finally:

@@ -8,6 +8,7 @@ import pytest
 from harness import ROOT
 from lora_sft import UserError, preflight
 from lora_sft.arguments import Arguments, read_zero_config
+from workbench import machine
 
 ZERO = read_zero_config(str(ROOT / "deepspeed" / "zero3.json"))["zero_optimization"]
 
@@ -76,7 +77,7 @@ def test_what_does_not_fit_names_the_flag():
     ],
 )
 def test_wheel_has_kernels(capability, arch_list, runs):
-    assert preflight.has_kernels(capability, arch_list) is runs
+    assert machine.has_kernels(capability, arch_list) is runs
 
 
 def test_precision_follows_the_capability():
@@ -105,7 +106,7 @@ def test_precision_follows_the_capability():
 def test_unusable_gpu_is_explained(driver, wheel, expected):
     import re
 
-    assert re.search(expected, preflight.explain_no_cuda(driver, wheel, "2.11.0"))
+    assert re.search(expected, machine.explain_no_cuda(driver, wheel, "2.11.0", preflight.OLDER_DRIVER))
 
 
 def test_gpus_that_the_driver_lists_and_the_wheel_cannot_use(monkeypatch):
@@ -154,21 +155,20 @@ def test_hub_errors_name_the_cure(monkeypatch):
     def error(kind, text):
         return kind(text, response=httpx.Response(403, request=httpx.Request("GET", "http://hub")))
 
-    name = "meta-llama/Llama-2-7b-hf"
+    def explain(kind, error, name="meta-llama/Llama-2-7b-hf"):
+        flag = "--data_path" if kind == "dataset" else "--model_name_or_path"
+        return machine.explain_hub_error(name, kind, error, flag, preflight.PROGRAM)
+
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     gated = error(GatedRepoError, "Access to model is restricted")
-    assert "there is no token; ask for access on its page, then `hf auth login`" in preflight.explain_hub_error(
-        name, "model", gated
-    )
+    assert "there is no token; ask for access on its page, then `hf auth login`" in explain("model", gated)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
-    assert "your token has no access" in preflight.explain_hub_error(name, "model", gated)
+    assert "your token has no access" in explain("model", gated)
     pending = error(GatedRepoError, "Your request to access model is awaiting a review from the repo authors.")
-    assert "pending" in preflight.explain_hub_error(name, "model", pending)
+    assert "pending" in explain("model", pending)
     missing = error(RepositoryNotFoundError, "404")
-    assert "--data_path no/such: neither a file here" in preflight.explain_hub_error(
-        "no/such", "dataset", missing
-    )
-    assert "--download_only" in preflight.explain_hub_error(name, "model", ConnectionError("offline"))
+    assert "--data_path no/such: neither a file here" in explain("dataset", missing, "no/such")
+    assert f"{preflight.PROGRAM} --download_only" in explain("model", ConnectionError("offline"))
 
 
 def fill_cache(folder, tiny_model, name="some/llama"):

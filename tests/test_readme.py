@@ -58,7 +58,7 @@ def test_knob_table_has_the_values_of_the_file():
 
 
 def test_error_texts_of_the_troubleshooting_table_are_the_programs():
-    source = "".join(path.read_text() for path in (ROOT / "deepspeed").rglob("*.py"))
+    source = "".join(path.read_text() for path in ROOT.glob("[cds]*/**/*.py"))
     source = re.sub(r'"\s*\n\s*f?"', "", source)
     table = README.split("## Troubleshooting")[1].split("##")[0]
     foreign = ("module 'deepspeed' has no attribute", "Connection reset by peer")  # Python's and gloo's

@@ -180,19 +180,20 @@ def test_checkpoints_do_not_hold_the_frozen_base(uninterrupted, tiny_model):
 
 
 def test_second_run_in_the_same_folder_is_refused(libraries, tmp_path):
-    from lora_sft import UserError, run_folder
+    from lora_sft import UserError
+    from workbench import files
 
-    with run_folder.claim(tmp_path / "out"):
+    with files.claim(tmp_path / "out", "--output_dir"):
 
         def second() -> int:
             try:
-                with run_folder.claim(tmp_path / "out"):
+                with files.claim(tmp_path / "out", "--output_dir"):
                     return 0
             except UserError as error:
                 return 2 if "another run is writing there" in str(error) else 1
 
         assert fork(second, tmp_path / "second.txt").wait()[0] == 2
-    with run_folder.claim(tmp_path / "out"):
+    with files.claim(tmp_path / "out", "--output_dir"):
         pass
 
 

@@ -1,13 +1,13 @@
 """Command line -> `Arguments`. Flags carry Hugging Face's names; a starter flag that changed is refused by name."""
 
-import argparse
-import difflib
 import hashlib
 import json
 import math
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+from workbench.flags import Parser, boolean, unknown_flag
 
 from . import UserError
 
@@ -147,19 +147,6 @@ HELP = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)
-
-
-def boolean(text: str) -> bool:
-    if text.lower() in ("true", "1", "yes"):
-        return True
-    if text.lower() in ("false", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
-
-
 def parse(argv: list[str]) -> Arguments:
     """Reads flags. Paths are relative to the caller's folder. Raises UserError with one line; -h exits 0."""
     parser = Parser(
@@ -176,7 +163,8 @@ def parse(argv: list[str]) -> Arguments:
         parser.add_argument(f"--{entry.name}", **options)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(_unknown_flag(unknown[0]))
+        names = [entry.name for entry in fields(Arguments)]
+        raise UserError(unknown_flag(unknown[0], names, CHANGED_FLAGS))
     given = {key: value for key, value in vars(known).items() if value is not None}
     if given.get("rehearse"):
         given = REHEARSAL_DEFAULTS | given
@@ -187,19 +175,6 @@ def parse(argv: list[str]) -> Arguments:
     if args.rehearse and "model_name_or_path" not in given:
         args.model_name_or_path = str(Path(args.output_dir) / TINY_MODEL)
     return args
-
-
-def _unknown_flag(word: str) -> str:
-    name = word.lstrip("-").split("=")[0]
-    if name in CHANGED_FLAGS:
-        return f"--{name} was the starter's; use {CHANGED_FLAGS[name]}"
-    names = [entry.name for entry in fields(Arguments)]
-    near = (
-        difflib.get_close_matches(name.replace("-", "_"), names, n=1, cutoff=0.5)
-        if word.startswith("-")
-        else []
-    )
-    return f"unknown argument {word}" + (f"; did you mean --{near[0]}?" if near else "; -h lists all flags")
 
 
 def _check(args: Arguments) -> None:

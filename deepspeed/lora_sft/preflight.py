@@ -4,7 +4,6 @@
 `eval.npz`). It runs in a child process, because it may initialise CUDA and start tokeniser threads.
 """
 
-import importlib.metadata
 import itertools
 import json
 import math
@@ -12,103 +11,32 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
-from . import UserError, data, run_folder
+from workbench.files import write_json
+from workbench.machine import (
+    GIB,
+    Table,
+    driver_version,
+    explain_hub_error,
+    explain_no_cuda,
+    find_model,
+    has_kernels,
+    versions,
+)
+
+from . import UserError, data
 from .arguments import Arguments
 
-GIB = 2**30
-MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja"]
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate", "datasets", "tokenizers", "numpy")
-DRIVER_NEEDED = {13: 580, 12: 525}  # CUDA major version of the wheel -> NVIDIA driver branch
 CONTEXT_GIB = 1.2  # what CUDA, cuBLAS and NCCL take outside PyTorch's allocator
 ASSUMED_GPU_GIB = 15.8  # a V100 16 GB, when there is no GPU to ask
-V100_LOCK = "make install-v100, then VENV=.venv-v100 bash deepspeed/run_llama2_7b_lora.sh"
-
-
-class Table:
-    """Prints one row per check as it is done and remembers the first failure."""
-
-    def __init__(self) -> None:
-        self.first_failure: str | None = None
-
-    def row(self, verdict: str, name: str, text: str) -> None:
-        print(f"  {verdict:4}  {name:14}  {text}", flush=True)
-
-    def check(self, name: str, function: Callable[[], str | None]) -> bool:
-        """Runs one check. It returns what it found (None: nothing to say, no row) or raises UserError."""
-        try:
-            found = function()
-        except UserError as error:
-            self.row("FAIL", name, str(error))
-            self.first_failure = self.first_failure or str(error)
-            return False
-        if found is not None:
-            verdict, _, text = (
-                found.partition(":") if found.startswith(("WARN:", "SKIP:")) else ("PASS", "", found)
-            )
-            self.row(verdict, name, text.strip())
-        return True
+PROGRAM = "bash deepspeed/run_llama2_7b_lora.sh"
+V100_LOCK = f"make install-v100, then VENV=.venv-v100 {PROGRAM}"
+OLDER_DRIVER = f"use the CUDA 12.6 environment: {V100_LOCK}"
 
 
 # --- packages and GPUs --------------------------------------------------------------------------------
-
-
-def versions() -> dict[str, str]:
-    """Installed versions by package metadata: importing `deepspeed` could find this repository's folder."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError as error:
-            raise UserError(
-                f"{name} is not installed; run `make install` (or pip install -r requirements.txt)"
-            ) from error
-    return found
-
-
-def driver_version() -> str | None:
-    """The NVIDIA driver's version, or None if this machine has no NVIDIA device."""
-    text = Path("/proc/driver/nvidia/version")
-    if text.exists():
-        match = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)", text.read_text())
-        return match.group(1) if match else "unknown"
-    return "unknown" if Path("/dev/nvidiactl").exists() else None
-
-
-def explain_no_cuda(driver: str | None, wheel_cuda: str | None, torch_version: str) -> str:
-    """One line for `torch.cuda.is_available() == False`: what was found, what is needed, the cure."""
-    if driver is None:
-        return "no NVIDIA GPU here; ask for one (srun --gres=gpu:2 ...), or try the CPU rehearsal: --rehearse"
-    if wheel_cuda is None:
-        return (
-            f"an NVIDIA driver {driver} is here, but torch {torch_version} is a CPU build; run `make install`"
-        )
-    needed = DRIVER_NEEDED.get(int(wheel_cuda.split(".")[0]), 0)
-    if driver != "unknown" and int(driver.split(".")[0]) < needed:
-        return (
-            f"NVIDIA driver {driver} is too old for torch {torch_version} (CUDA {wheel_cuda} needs driver {needed} "
-            f"or newer); use the CUDA 12.6 environment: {V100_LOCK}"
-        )
-    return (
-        f"an NVIDIA driver ({driver}) is here, but torch {torch_version} sees no GPU; "
-        f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}: is a GPU allocated to this job?"
-    )
-
-
-def has_kernels(capability: tuple[int, int], arch_list: list[str]) -> bool:
-    """Whether a wheel built for `arch_list` (sm_75, ..., compute_90) runs on a GPU: binary code of the same
-    major and a lower or equal minor capability, or PTX of a lower or equal one."""
-    for arch in arch_list:
-        kind, _, number = arch.partition("_")
-        digits = re.sub(r"\D", "", number)
-        major, minor = int(digits[:-1]), int(digits[-1])
-        if kind == "sm" and major == capability[0] and minor <= capability[1]:
-            return True
-        if kind == "compute" and (major, minor) <= capability:
-            return True
-    return False
 
 
 def choose_dtype(asked: str, device: str, capability: tuple[int, int] | None) -> tuple[str, str]:
@@ -150,11 +78,13 @@ def look_at_gpus(args: Arguments, plan: dict) -> str:
         driver = driver_version()
         if driver is None and args.preflight_only:
             return f"SKIP: no GPU here; {plan['world_size']} x {ASSUMED_GPU_GIB} GiB assumed"
-        raise UserError(explain_no_cuda(driver, torch.version.cuda, torch.__version__))
+        raise UserError(explain_no_cuda(driver, torch.version.cuda, torch.__version__, OLDER_DRIVER))
     try:
         torch.cuda.init()  # what is counted above is what the driver lists, not what this wheel can use
     except (RuntimeError, AssertionError) as error:
-        raise UserError(explain_no_cuda(driver_version(), torch.version.cuda, torch.__version__)) from error
+        raise UserError(
+            explain_no_cuda(driver_version(), torch.version.cuda, torch.__version__, OLDER_DRIVER)
+        ) from error
     visible = torch.cuda.device_count()
     if args.num_gpus > visible:
         raise UserError(
@@ -214,116 +144,11 @@ def look_at_links(plan: dict) -> str | None:
 # --- model and data -----------------------------------------------------------------------------------
 
 
-def cached_model(name: str, revision: str | None = None) -> Path | None:
-    """The snapshot folder of a hub model if config, tokenizer and every weight file are there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES, local_files_only=True)
-        )
-    except LocalEntryNotFoundError:
-        return None
-    try:
-        check_model_folder(folder)
-    except UserError:
-        return None
-    return folder
-
-
-def check_model_folder(folder: Path) -> None:
-    """Raises UserError if a file that loading needs is missing."""
-    for names in (("config.json",), ("tokenizer.json", "tokenizer.model")):
-        if not any((folder / name).exists() for name in names):
-            raise UserError(f"{folder}: no {' or '.join(names)}; is this a model in Hugging Face format?")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-        missing = sorted(shard for shard in shards if not (folder / shard).exists())
-        if missing:
-            raise UserError(
-                f"{folder}: {len(missing)} of {len(shards)} weight files missing, e.g. {missing[0]}"
-            )
-    elif not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder}: no weights (*.safetensors) in it; convert or download them again")
-
-
-def explain_hub_error(name: str, kind: str, error: Exception) -> str:
-    """One line with the cure for what huggingface_hub raised about the `kind` ('model', 'dataset') `name`."""
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    text = str(error)
-    if isinstance(error, GatedRepoError):  # a subclass of RepositoryNotFoundError: look at it first
-        if get_token() is None:
-            return f"{name} is gated and there is no token; ask for access on its page, then `hf auth login`"
-        if "awaiting" in text or "pending" in text:
-            return f"{name}: your request for access is pending; wait for the mail, or use another --model_name_or_path"
-        return f"{name}: your token has no access; ask for it on the model's page with the same account"
-    if isinstance(error, RepositoryNotFoundError):
-        flag = "--data_path" if kind == "dataset" else "--model_name_or_path"
-        return f"{flag} {name}: neither a file here nor a {kind} on the hub (private ones need `hf auth login`)"
-    return (
-        f"{name} is not complete in the cache and the hub cannot be reached ({type(error).__name__}); on a node with "
-        "internet run: bash deepspeed/run_llama2_7b_lora.sh --download_only"
-    )
-
-
 def look_at_model(args: Arguments, plan: dict) -> str:
     """Finds or fetches the model. Fills plan: model_folder, model_revision."""
-    name = args.model_name_or_path
-    if Path(name).is_dir():
-        check_model_folder(Path(name))
-        plan |= {"model_folder": name, "model_revision": None}
-        return f"{name} (local folder)"
-    if Path(name).exists():
-        raise UserError(f"--model_name_or_path {name}: is a file; give the model's folder or a hub id")
-    folder = cached_model(name)
-    found = "complete in the cache"
-    if folder is None:
-        from huggingface_hub import HfApi, snapshot_download
-
-        try:
-            HfApi().auth_check(name)
-            check_download_space(name)
-            print(f"        fetching {name} (once)", flush=True)
-            folder = Path(snapshot_download(name, allow_patterns=MODEL_FILES, max_workers=4))
-        except UserError:
-            raise
-        except Exception as error:
-            if run_folder.disk_full(error, Path.home()):
-                raise UserError(
-                    f"{hub_cache()}: disk or quota full while fetching {name}; set LLM_STORAGE"
-                ) from error
-            raise UserError(explain_hub_error(name, "model", error)) from error
-        check_model_folder(folder)
-        found = "fetched"
-    plan |= {"model_folder": str(folder), "model_revision": folder.name}
-    return f"{name} at {folder.name[:12]}, {found}"
-
-
-def hub_cache() -> Path:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE)
-
-
-def check_download_space(name: str) -> None:
-    from huggingface_hub import HfApi
-
-    siblings = HfApi().model_info(name, files_metadata=True).siblings or []
-    size = sum(file.size or 0 for file in siblings if file.rfilename.endswith(".safetensors"))
-    cache = hub_cache()
-    blobs = cache / f"models--{name.replace('/', '--')}" / "blobs"
-    size -= sum(path.stat().st_size for path in blobs.glob("*"))  # what an interrupted download has left
-    cache.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache).free
-    if free < size:
-        raise UserError(
-            f"{cache}: {free / GIB:.1f} GiB free, {name} needs {size / GIB:.1f}; "
-            "set LLM_STORAGE to a larger disk"
-        )
+    folder, plan["model_revision"], found = find_model(args.model_name_or_path, "--model_name_or_path", PROGRAM)
+    plan["model_folder"] = str(folder)
+    return found
 
 
 def look_at_data(args: Arguments, plan: dict, rows: dict) -> str:
@@ -342,7 +167,9 @@ def look_at_data(args: Arguments, plan: dict, rows: dict) -> str:
             except UserError:
                 raise
             except Exception as error:
-                raise UserError(explain_hub_error(args.data_path, "dataset", error)) from error
+                raise UserError(
+                    explain_hub_error(args.data_path, "dataset", error, "--data_path", PROGRAM)
+                ) from error
     rows["train"], rows["eval"] = data.split_rows(
         train, test, args.max_train_rows, args.max_eval_rows, args.seed
     )
@@ -564,7 +391,9 @@ def run(args: Arguments, zero_config: dict, work_dir: Path) -> int:
     """Prints the table; writes plan.json and the packed rows. Raises UserError with the first failure."""
     table, plan, rows = Table(), {}, {}
     print("preflight")
-    table.check("packages", lambda: ", ".join(f"{k} {v}" for k, v in versions().items() if k != "numpy"))
+    table.check(
+        "packages", lambda: ", ".join(f"{k} {v}" for k, v in versions(PACKAGES).items() if k != "numpy")
+    )
     table.check("flags", lambda: look_at_names(args))
     # Login nodes, where one downloads, have no GPU.
     gpus = not args.download_only and table.check("GPUs", lambda: look_at_gpus(args, plan))
@@ -583,7 +412,7 @@ def run(args: Arguments, zero_config: dict, work_dir: Path) -> int:
         table.row("SKIP", "the rest", "needs what failed above")
     if table.first_failure:
         raise UserError(table.first_failure)
-    run_folder.write_json(work_dir / "plan.json", plan | {"versions": versions()})
+    write_json(work_dir / "plan.json", plan | {"versions": versions(PACKAGES)})
     return 0
 
 

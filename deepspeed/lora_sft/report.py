@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
+from workbench.files import write_json
+
 from .arguments import FOLDER
-from .run_folder import EVAL_BEFORE, METRICS, SUMMARY, write_json
+from .run_folder import EVAL_BEFORE, METRICS, SUMMARY
 
 log = logging.getLogger("lora_sft")
 

@@ -4,19 +4,16 @@ A checkpoint counts only with its marker (`complete.json`), which is written las
 removed at the next start and never resumed from. `summary.json` is the marker of a finished run.
 """
 
-import errno
-import fcntl
 import json
 import math
 import os
 import shutil
-import time
-from contextlib import contextmanager
 from pathlib import Path
+
+from workbench.files import write_json
 
 from . import UserError
 
-CLAIM_TIMEOUT_S = 5.0  # the ranks of a run that was just killed may need a moment to disappear
 MARKER = "complete.json"
 CONFIG = "run_config.json"
 METRICS = "metrics.jsonl"
@@ -28,50 +25,6 @@ OURS = (
     *(ADAPTER, "adapter_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "chat_template.jinja", "training_args.bin", "runs", "tiny_llama"),
 )
-
-
-def to_json(value: object) -> object:
-    """Replaces NaN and infinities by null, recursively: the files stay valid JSON."""
-    if isinstance(value, dict):
-        return {key: to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes sorted JSON to a neighbour file and renames it: readers see the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as out:
-        json.dump(to_json(value), out, indent=2, sort_keys=True, allow_nan=False)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(path)
-
-
-@contextmanager
-def claim(folder: Path):
-    """Holds the folder against a second run while the block runs. The lock is the kernel's (flock, shared
-    with forked ranks) and disappears with the last process that holds it, however that ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
-    with lock:
-        deadline = time.monotonic() + CLAIM_TIMEOUT_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"--output_dir {folder}: another run is writing there; wait or name another"
-                    ) from None
-                time.sleep(0.1)
-        yield
 
 
 def holds_run(folder: Path) -> bool:
@@ -190,20 +143,3 @@ def mark_complete(checkpoint: Path, keep: int) -> None:
     for old in complete_checkpoints(checkpoint.parent)[:-keep]:
         (old / MARKER).unlink()
         shutil.rmtree(old)
-
-
-# --- disk ---------------------------------------------------------------------------------------------
-
-
-def disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether `error`, or what caused it, comes from a full disk or quota. torch.save and safetensors wrap
-    the operating system's error in their own, so the free space is looked at too."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
-        if any(text in str(seen) for text in ("No space left", "Disk quota exceeded", "os error 28")):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    writing = any(text in str(error) for text in ("PytorchStreamWriter", "inline_container", "SafetensorError"))
-    return writing and shutil.disk_usage(folder).free < 2**20

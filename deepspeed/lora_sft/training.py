@@ -28,6 +28,8 @@ from transformers import (
     set_seed,
 )
 
+from workbench.files import disk_full, to_json, write_json
+
 from . import UserError, adapter, report, run_folder
 from .arguments import Arguments
 from .data import IGNORE, Document, Packed, pack, set_up_tokenizer
@@ -256,12 +258,12 @@ class RunCallback(TrainerCallback):
                     f"the loss before training is {loss}: the base model does not fit {self.plan['dtype']}"
                 )
             if state.is_world_process_zero:
-                run_folder.write_json(before, {"eval_loss_before": loss})
+                write_json(before, {"eval_loss_before": loss})
             dist.barrier()
         if state.is_world_process_zero:
             config = json.loads((self.folder / run_folder.CONFIG).read_text())
             config["resolved_zero_config"] = hf_args.hf_deepspeed_config.config
-            run_folder.write_json(self.folder / run_folder.CONFIG, config)
+            write_json(self.folder / run_folder.CONFIG, config)
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", smoothing=0.1)
         if state.global_step >= state.max_steps:  # killed after the last step: only the end is left
             control.should_training_stop = True
@@ -344,7 +346,7 @@ class RunCallback(TrainerCallback):
         }
         self.row = {}
         with (self.folder / run_folder.METRICS).open("a") as out:
-            out.write(json.dumps(run_folder.to_json(row), sort_keys=True) + "\n")
+            out.write(json.dumps(to_json(row), sort_keys=True) + "\n")
         rate = row["tokens_per_s_per_gpu"]
         shown = "non-finite" if loss is None else f"{loss:.4f}"
         self.bar.set_postfix_str(f"loss {shown}, {rate:,.0f} tokens/s/GPU", refresh=False)
@@ -459,7 +461,7 @@ def train_rank(args: Arguments, plan: dict, work_dir: Path, rank: int, stop: Sto
             f"(now {args.tokens_per_micro_batch}) or --lora_r; checkpoints are kept"
         ) from error
     except Exception as error:
-        if run_folder.disk_full(error, folder):
+        if disk_full(error, folder):
             raise UserError(
                 f"the disk or quota of {folder} is full; free some space and run the same command: it resumes "
                 "from the last complete checkpoint"

@@ -1,0 +1,92 @@
+"""Files that survive a kill, one run per folder, and recognising a full disk."""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from . import UserError
+
+CLAIM_TIMEOUT_S = 5.0  # the processes of a run that was just killed may need a moment to disappear
+
+
+def to_json(value: object) -> object:
+    """Replaces NaN and infinities by null, recursively: the files stay valid JSON."""
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes sorted JSON to a neighbour file and renames it: readers see the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as out:
+        json.dump(to_json(value), out, indent=2, sort_keys=True, allow_nan=False)
+        out.write("\n")
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(path)
+
+
+@contextmanager
+def claim(folder: Path, flag: str):
+    """Holds the folder against a second run while the block runs. The lock is the kernel's (flock, shared
+    with forked children) and disappears with the last process that holds it, however that ends. `flag` is
+    the one that named the folder. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from error
+    with lock:
+        deadline = time.monotonic() + CLAIM_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{flag} {folder}: another run is writing there; wait or name another"
+                    ) from None
+                time.sleep(0.1)
+        yield
+
+
+def disk_full(error: BaseException, folder: Path) -> bool:
+    """Whether `error`, or what caused it, comes from a full disk or quota. torch.save and safetensors wrap
+    the operating system's error in their own, so the free space is looked at too."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if any(text in str(seen) for text in ("No space left", "Disk quota exceeded", "os error 28")):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    writing = any(text in str(error) for text in ("PytorchStreamWriter", "inline_container", "SafetensorError"))
+    return writing and shutil.disk_usage(folder).free < 2**20
+
+
+def commit() -> str | None:
+    """The repository's commit, with "-dirty" if files differ; None outside git."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).resolve().parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
