@@ -14,14 +14,19 @@ install-v100: .venv-v100/.installed  ## create .venv-v100, the environment for V
 
 install: .venv/.installed  ## create .venv from requirements.txt (done by the other targets)
 
-.venv/.installed: requirements.txt
-	@VENV=; source ./env.sh && install_environment .venv requirements.txt "$(PYTHON)"
+PLUGINS = $(addprefix sglang/runtime_plugins/,pyproject.toml __init__.py cpu.py cpu_platform.py deterministic_radix.py)
+
+.venv/.installed: requirements.txt $(PLUGINS)
+	@VENV=; source ./env.sh && install_environment .venv requirements.txt "$(PYTHON)" ./sglang/runtime_plugins
 
 .venv-v100/.installed: deepspeed/requirements-v100.txt
 	@VENV=; source ./env.sh && install_environment .venv-v100 deepspeed/requirements-v100.txt "$(PYTHON)"
 
-rehearse: .venv/.installed  ## the fine-tuning job on the CPU: tiny model, shipped data, same code path
-	@$(RUN) bash deepspeed/run_llama2_7b_lora.sh --rehearse
+# Generation serves the adapter that fine-tuning has just trained.
+rehearse: .venv/.installed  ## both jobs on the CPU: tiny model, shipped data, same code paths
+	@$(RUN) runs=rehearsal/runs/$$(date +%Y%m%d-%H%M%S); \
+	bash deepspeed/run_llama2_7b_lora.sh --rehearse --output_dir $$runs/finetune && \
+	python sglang/run_sglang.py --rehearse --lora_path $$runs/finetune --output_file $$runs/inference/outputs.jsonl
 
 test: .venv/.installed  ## every claim once, on real DeepSpeed, without a GPU or the hub
 	@$(RUN) python -P -m pytest -m 'not long'

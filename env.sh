@@ -34,7 +34,7 @@ _supported_python() {
     return 2
 }
 
-# install_environment VENV LOCK [PYTHON]: the stamp VENV/.installed is written last, so an installation
+# install_environment VENV LOCK [PYTHON [FOLDER]]: the lock, then the package in FOLDER. The stamp VENV/.installed is written last, so an installation
 # that was interrupted is done again. `venv --without-pip` works without Debian's python3-venv package.
 install_environment() (
     set -eu
@@ -57,6 +57,14 @@ install_environment() (
         "$uv" pip install -q --python "$1/bin/python" --compile-bytecode -r "$2"
     else
         "$python" -m pip --disable-pip-version-check --python "$1/bin/python" install -q -r "$2"
+    fi
+    if [ -n "${4:-}" ]; then
+        if [ -n "$uv" ]; then
+            "$uv" pip install -q --python "$1/bin/python" --no-deps --reinstall "$4"
+        else
+            "$python" -m pip --disable-pip-version-check --python "$1/bin/python" install -q --no-deps \
+                --force-reinstall "$4"
+        fi
     fi
     touch "$1/.installed"
 )

@@ -1,0 +1,209 @@
+"""Command line -> `Arguments`. Sampling flags carry SGLang's names."""
+
+import difflib
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from workbench import UserError
+from workbench.flags import Parser, boolean, unknown_flag
+
+FOLDER = Path(__file__).resolve().parent.parent  # sglang/
+REHEARSAL = FOLDER.parent / "rehearsal"
+PROGRAM = "python sglang/run_sglang.py"
+DEFAULT_MODEL = "Qwen/Qwen2.5-7B-Instruct"
+DEFAULT_PROMPTS = "tatsu-lab/alpaca_eval"
+TINY_MODEL = "tiny_qwen2"  # folder beside the outputs that a rehearsal builds its model in
+
+CHANGED_FLAGS = {
+    "dual_chunk": "nothing: see -1M in the README",
+    "cuda_graph_max_bs": "--engine_args '{\"cuda_graph_max_bs_decode\": N}'",
+    "attention_backend": '--engine_args \'{"attention_backend": "..."}\'',
+    "mem_fraction_static": "--engine_args '{\"mem_fraction_static\": 0.8}'",
+    "max_tokens": "--max_new_tokens",
+    "model": "--model_path",
+    "lora": "--lora_path",
+    "policy": '--engine_args \'{"schedule_policy": "..."}\'',
+}
+
+REHEARSAL_DEFAULTS = {
+    "device": "cpu",
+    "prompts": str(REHEARSAL / "instructions.json"),
+    "max_new_tokens": 128,
+}
+
+
+@dataclass
+class Arguments:
+    """One run. Defaults are the assignment's: Qwen2.5-7B-Instruct on the 805 AlpacaEval instructions."""
+
+    model_path: str = DEFAULT_MODEL
+    lora_path: str = ""
+    prompts: str = DEFAULT_PROMPTS
+    output_file: str = str(FOLDER / "outputs.jsonl")
+    temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int = -1
+    max_new_tokens: int = 8192
+    seed: int = 42
+    raw: bool = False
+    fast: bool = False
+    batch_size: int = 0
+    max_running_requests: int = 0
+    tp_size: int = 1
+    dp_size: int = 0
+    engine_args: str = "{}"
+    device: str = "cuda"
+    rehearse: bool = False
+    overwrite: bool = False
+    preflight_only: bool = False
+    download_only: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_file).parent
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether the profile promises bytes; on the CPU it always does."""
+        return not self.fast or self.device == "cpu"
+
+    @property
+    def own_engine_args(self) -> dict:
+        return json.loads(self.engine_args)
+
+    def identity(self) -> dict:
+        """What makes two commands the same run: every flag that changes the answers."""
+        other = {"output_file", "batch_size", "max_running_requests", "dp_size", "overwrite"}
+        other |= {"preflight_only", "download_only", "rehearse"}
+        same = {key: value for key, value in asdict(self).items() if key not in other}
+        if self.rehearse and Path(self.model_path).parent == self.folder:
+            same["model_path"] = TINY_MODEL  # built in each output folder from the same seed
+        return same
+
+
+HELP = {
+    "model_path": "hub id or folder of the model (default with --lora_path: the adapter's base)",
+    "lora_path": "PEFT adapter folder; its tokenizer and chat template are used",
+    "prompts": "hub data set with alpaca_eval.json, or a file: JSON array, JSONL, or .txt with a prompt a line",
+    "output_file": "every 10th answer; outputs_all.json, summary.json and lengths.png are written beside it",
+    "temperature": "0 is greedy",
+    "top_p": "nucleus sampling",
+    "top_k": "-1: off",
+    "max_new_tokens": "cap of an answer, lowered where the context ends",
+    "seed": "every record's own seed is derived from it, the record's index and its prompt",
+    "raw": "no chat template: the prompt's text as it is",
+    "fast": "without SGLang's deterministic mode: faster, two runs differ",
+    "batch_size": "records in flight at once (0: all of them)",
+    "max_running_requests": "requests the scheduler runs at once (0: chosen from the GPU)",
+    "tp_size": "GPUs that share one copy of the model",
+    "dp_size": "copies of the model (0: as many as the visible GPUs allow)",
+    "engine_args": "JSON object of sglang.Engine arguments that override what is chosen here",
+    "device": "cuda or cpu; the CPU is never chosen silently",
+    "rehearse": "tiny model and shipped instructions on the CPU, everything else as in the real job",
+    "overwrite": "start anew in a folder that holds a run",
+    "preflight_only": "print the PASS/FAIL table and stop",
+    "download_only": "fetch model and prompts into HF_HOME and stop (for login nodes)",
+}
+
+
+def parse(argv: list[str]) -> Arguments:
+    """Reads flags. Paths are relative to the caller's folder. Raises UserError with one line; -h exits 0."""
+    parser = Parser(
+        prog="run_sglang.py",
+        description="Answers a list of prompts with the SGLang Runtime, every record in flight together.",
+        allow_abbrev=False,
+    )
+    for entry in fields(Arguments):
+        options = {"help": f"{HELP[entry.name]} (default: {entry.default})", "default": None}
+        if entry.type is bool:
+            options |= {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+        else:
+            options |= {"type": entry.type, "metavar": entry.type.__name__}
+        parser.add_argument(f"--{entry.name}", **options)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = [entry.name for entry in fields(Arguments)]
+        raise UserError(unknown_flag(unknown[0], names, CHANGED_FLAGS))
+    given = {key: value for key, value in vars(known).items() if value is not None}
+    if given.get("rehearse"):
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        given = REHEARSAL_DEFAULTS | given
+        given.setdefault("output_file", str(REHEARSAL / "runs" / stamp / "outputs.jsonl"))
+    args = Arguments(**given)
+    _check(args)
+    if "model_path" not in given:
+        if args.lora_path:
+            args.model_path = _base_of(Path(args.lora_path))
+        elif args.rehearse:
+            args.model_path = str(args.folder / TINY_MODEL)
+    return args
+
+
+def _base_of(adapter: Path) -> str:
+    config = adapter / "adapter_config.json"
+    try:
+        return json.loads(config.read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--lora_path {adapter}: no adapter_config.json that names the base model") from error
+
+
+def _check(args: Arguments) -> None:
+    args.output_file = str(Path(args.output_file).absolute())
+    if Path(args.output_file).is_dir():
+        raise UserError(
+            f"--output_file {args.output_file}: is a folder; name a file, such as .../outputs.jsonl"
+        )
+    if Path(args.output_file).name in ("outputs_all.json", "summary.json", "outputs.partial.jsonl"):
+        raise UserError(f"--output_file {args.output_file}: this name is taken; use outputs.jsonl")
+    for name in ("model_path", "lora_path", "prompts"):
+        value = getattr(args, name)
+        if not value:
+            continue
+        if Path(value).exists():
+            setattr(args, name, str(Path(value).absolute()))
+        elif (
+            name == "lora_path"
+            or value.startswith(("/", ".", "~"))
+            or value.count("/") > 1
+            or ("." in Path(value).suffix[:1] and name == "prompts")
+        ):
+            raise UserError(f"--{name} {value}: no such file or folder")
+    for name, least in {
+        "temperature": 0,
+        "max_new_tokens": 1,
+        "batch_size": 0,
+        "max_running_requests": 0,
+        "tp_size": 1,
+        "dp_size": 0,
+        "seed": 0,
+    }.items():
+        value = getattr(args, name)
+        if not (value >= least and math.isfinite(value)):
+            raise UserError(f"--{name} {value}: must be at least {least}")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top_p {args.top_p}: must be in (0, 1]")
+    if args.top_k < 1 and args.top_k != -1:
+        raise UserError(f"--top_k {args.top_k}: must be -1 (off) or at least 1")
+    if args.device not in ("cuda", "cpu"):
+        raise UserError(f"--device {args.device}: choose cuda or cpu")
+    try:
+        engine_args = json.loads(args.engine_args)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--engine_args, column {error.colno}: not valid JSON ({error.msg})") from error
+    if not isinstance(engine_args, dict):
+        raise UserError('--engine_args: expected a JSON object, such as \'{"schedule_policy": "lpm"}\'')
+    args.engine_args = json.dumps(engine_args, sort_keys=True)
+
+
+def check_engine_arg_names(given: dict, known: set[str]) -> None:
+    """Raises UserError for a name in --engine_args that sglang.Engine does not have, with the nearest one."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            raise UserError(
+                f"--engine_args: sglang.Engine has no argument {name}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )

@@ -1,0 +1,335 @@
+"""sglang.Engine: its arguments chosen from the machine, each with its reason, and every record in flight."""
+
+import asyncio
+import contextlib
+import json
+import shlex
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from workbench.machine import GIB
+
+from .arguments import Arguments, check_engine_arg_names
+from .prompts import Record
+from .records import PartialFile, answer_row, failure_row
+
+EXPECTED_ANSWER_TOKENS = 600  # AlpacaEval's reference answers: 543 tokens on average (characters / 4)
+CLIP_TOKENS = 4096  # SGLang's own clip of what a request may still need (managers/schedule_policy.py)
+INITIAL_RATIO = 0.7  # SGLANG_INIT_NEW_TOKEN_RATIO
+WAITING_FOR_LPM = 128  # above this many waiting requests lpm silently becomes fcfs (schedule_policy.py)
+DETERMINISTIC_RUNNING = 256  # its seeded sampler needs fp64 copies of all logits
+
+
+@dataclass
+class Machine:
+    """What preflight found. On the CPU gpu_name is None and the sizes are host memory."""
+
+    device: str
+    gpu_name: str | None = None
+    gpus: int = 0
+    memory_gib: float = 0.0
+    capability: tuple[int, int] | None = None
+    bandwidth: float = 0.0  # bytes/s, from the memory's clock and bus width
+    flops: float = 0.0  # dense fp16/bf16 tensor FLOP/s, from cores and clock
+
+
+@dataclass
+class Model:
+    """What the configuration says, enough to size pools."""
+
+    folder: str
+    context_tokens: int  # trained positions
+    weights_gib: float  # in the dtype that is served
+    streamed_bytes: int  # weights that every decode step reads: without the gathered input embedding
+    kv_bytes_per_token: int
+    vocab_size: int
+    dual_chunk: bool = False
+    config: dict = field(default_factory=dict)
+
+
+Choices = dict[str, tuple[object, str]]  # argument -> (value, reason)
+
+
+def conservativeness(max_new_tokens: int) -> float:
+    """Of `schedule_conservativeness`: how much room the scheduler keeps for running requests.
+
+    SGLang admits a request while the pool holds, for each running one, ratio * min(max_new_tokens left, 4096)
+    tokens; ratio starts at 0.7 * conservativeness and decays. With max_new_tokens 8192 it reserves 2,867
+    tokens for answers that have 600, and keeps most of the 805 waiting. Solving ratio * reservation =
+    expected answer gives the value; too low a guess costs retractions (a record is computed again), never a
+    wrong answer.
+    """
+    reserved = INITIAL_RATIO * min(max_new_tokens, CLIP_TOKENS)
+    return round(min(1.0, max(0.1, EXPECTED_ANSWER_TOKENS / reserved)), 2)
+
+
+def context_tokens(args: Arguments, model: Model) -> int:
+    """Longest prompt plus answer. Capped: the engine's position table takes 4 bytes per running request and
+    position, 8 GB for a model of a million positions (mem_cache/memory_pool.py, ReqToTokenPool)."""
+    return args.own_engine_args.get("context_length") or min(model.context_tokens, 32768)
+
+
+def choose(args: Arguments, machine: Machine, model: Model, records: list[Record]) -> Choices:
+    """The arguments of sglang.Engine, by name. --engine_args overrides any of them."""
+    chosen: Choices = {"model_path": (model.folder, "")}
+    context = context_tokens(args, model)
+    why = "the model's" if context == model.context_tokens else "a longer position table would take GPU memory"
+    chosen["context_length"] = (context, why)
+    chosen["random_seed"] = (args.seed, "--seed")
+    chosen["schedule_policy"] = ("fcfs", "no order is better for prompts without long shared prefixes")
+    chosen["schedule_conservativeness"] = (
+        conservativeness(args.max_new_tokens),
+        f"answers of about {EXPECTED_ANSWER_TOKENS} tokens, not {args.max_new_tokens}, are kept room for",
+    )
+    if args.reproducible:
+        chosen["enable_deterministic_inference"] = (True, "the same bytes in every run (--fast: without)")
+    if model.dual_chunk:
+        chosen["json_model_override_args"] = (
+            '{"dual_chunk_attention_config": null}',
+            "dual-chunk attention would switch RadixAttention off; these prompts are far below its chunk",
+        )
+    if machine.device == "cpu":
+        chosen |= _choose_cpu(args, model, context)
+    else:
+        chosen |= _choose_gpu(args, machine, model, records)
+    adapters = sorted({r.lora for r in records if r.lora and not r.error})
+    if adapters:
+        chosen["lora_paths"] = ({path: path for path in adapters}, "adapters of --lora_path and of the records")
+        chosen["max_loras_per_batch"] = (min(len(adapters) + 1, 8), "the base model takes a place too")
+        if machine.device == "cpu":
+            chosen["lora_backend"] = ("torch_native", "the others are GPU kernels")
+    for name, value in args.own_engine_args.items():
+        chosen[name] = (value, "--engine_args")
+    return chosen
+
+
+def _choose_cpu(args: Arguments, model: Model, context: int) -> Choices:
+    running = args.max_running_requests or 16
+    pool = 2 * context + running * min(context, 1024)
+    return {
+        "device": ("cpu", "--rehearse" if args.rehearse else "--device cpu"),
+        "dtype": ("float32", "on the CPU exact comparison is worth more than speed"),
+        "attention_backend": ("torch_native", "FlashInfer's kernels need a GPU"),
+        "dp_size": (args.dp_size or 1, "--dp_size" if args.dp_size else "one scheduler process"),
+        "tp_size": (args.tp_size, "--tp_size"),
+        "max_running_requests": (running, "a block of 16 rows is computed at once"),
+        "max_total_tokens": (pool, "KV pool: two contexts and 1,024 tokens for each running request"),
+        "mem_fraction_static": (0.3, "of host memory, at most"),
+        "disable_cuda_graph": (True, "no GPU"),
+    }
+
+
+def _choose_gpu(args: Arguments, machine: Machine, model: Model, records: list[Record]) -> Choices:
+    dp = args.dp_size or max(1, machine.gpus // args.tp_size)
+    waiting = sum(not record.error for record in records)
+    limit = args.max_running_requests or (DETERMINISTIC_RUNNING if args.reproducible else 2048)
+    wanted = max(1, min(limit, args.batch_size or waiting, -(-waiting // dp)))
+    graphs = (wanted + 7) // 8 * 8
+    reserve_gib = 3.5 + graphs * 0.004  # context, FlashInfer workspace (2), activations; graphs
+    if args.reproducible:
+        reserve_gib += 4 * wanted * model.vocab_size * 8 / GIB
+    fraction = int(min(0.9, 1 - reserve_gib / machine.memory_gib) * 100) / 100
+    pool = (fraction * machine.memory_gib - model.weights_gib / args.tp_size) * GIB
+    fits = int(pool / (model.kv_bytes_per_token / args.tp_size * (EXPECTED_ANSWER_TOKENS + 64)))
+    graphs = max(8, min(graphs, (fits + 7) // 8 * 8))
+    chosen = {
+        "attention_backend": ("flashinfer", "the assignment's kernels"),
+        "dp_size": (
+            dp,
+            "--dp_size" if args.dp_size else f"{machine.gpus} visible GPUs, {args.tp_size} per copy",
+        ),
+        "tp_size": (args.tp_size, "--tp_size"),
+        "mem_fraction_static": (
+            fraction,
+            f"{reserve_gib:.1f} GiB stay free for workspace, graphs and sampling",
+        ),
+        "cuda_graph_max_bs_decode": (graphs, "covers the running batch: above it every step runs eagerly"),
+        "cuda_graph_backend_prefill": (
+            "disabled",
+            "its capture compiles for minutes, prefill is a second here",
+        ),
+        "chunked_prefill_size": (
+            8192 if machine.memory_gib > 60 else 4096 if machine.memory_gib > 35 else 2048,
+            f"for {machine.memory_gib:.0f} GiB",
+        ),
+    }
+    if args.max_running_requests or args.reproducible:
+        chosen["max_running_requests"] = (
+            limit,
+            "--max_running_requests" if args.max_running_requests else "the seeded sampler's fp64 copies",
+        )
+    return chosen
+
+
+def print_choices(chosen: Choices) -> None:
+    print("engine arguments")
+    for name, (value, reason) in chosen.items():
+        if reason:
+            shown = ", ".join(value) if name == "lora_paths" else value
+            print(f"  {name} = {shown}: {reason}")
+
+
+# --- environment and the equivalent server ------------------------------------------------------------
+
+
+def environment(args: Arguments) -> dict[str, str]:
+    """What the engine's processes read: which of runtime_plugins are on, and on the CPU one OpenMP thread per
+    scheduler (sums have one order), no GPU, and no torch.compile (it would compile for minutes)."""
+    if args.device == "cpu":
+        return {
+            "SGLANG_PLATFORM": "plain_cpu",
+            "RUNTIME_PLUGINS": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+    return {"RUNTIME_PLUGINS": "deterministic_radix" if args.reproducible else ""}
+
+
+def serve_line(args: Arguments, chosen: Choices) -> str:
+    """The shell command of an OpenAI-compatible server on 127.0.0.1 with the same engine."""
+    words = [f"{name}={shlex.quote(value)}" for name, value in environment(args).items()]
+    words += ["sglang", "serve", "--model-type", "llm"]
+    for name, (value, _) in chosen.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "lora_paths":
+            words += [flag, *(shlex.quote(f"{Path(path).name}={path}") for path in value)]
+        elif name == "disable_cuda_graph":  # has no flag
+            words += ["--disable-decode-cuda-graph", "--disable-prefill-cuda-graph"]
+        elif value is True:
+            words.append(flag)
+        elif value is not False and value is not None:
+            text = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+            words += [flag, shlex.quote(text)]
+    return " ".join([*words, "--host", "127.0.0.1"])
+
+
+# --- starting -----------------------------------------------------------------------------------------
+
+
+class CompileWatch(threading.Thread):
+    """Adds up the seconds in which a compiler runs below this process: FlashInfer and SGLang compile kernels
+    when they first need them, on a new machine for 1 to 3 minutes, without a word."""
+
+    COMPILERS = ("nvcc", "cicc", "ptxas", "cc1plus", "ninja")
+
+    def __init__(self, interval_s: float = 0.25) -> None:
+        super().__init__(daemon=True)
+        self.interval_s, self.compile_s = interval_s, 0.0
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        import psutil
+
+        me, last = psutil.Process(), time.monotonic()
+        while not self._stopped.wait(self.interval_s):
+            now, names = time.monotonic(), set()
+            for child in me.children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    names.add(child.name())
+            if names & set(self.COMPILERS):
+                if not self.compile_s:
+                    print("compiling GPU kernels (first run on this machine: 1 to 3 minutes)", flush=True)
+                self.compile_s += now - last
+            last = now
+
+    def stop(self) -> float:
+        self._stopped.set()
+        return self.compile_s
+
+
+def start(chosen: Choices, device: str):
+    """(engine, load_s, compile_s). Raises UserError for an engine argument that does not exist."""
+    import dataclasses
+
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.server_args import ServerArgs
+
+    overridden = {name: value for name, (value, reason) in chosen.items() if reason == "--engine_args"}
+    check_engine_arg_names(overridden, {entry.name for entry in dataclasses.fields(ServerArgs)})
+    began, watch = time.monotonic(), CompileWatch()
+    if device == "cuda":
+        watch.start()
+    engine = Engine(**{name: value for name, (value, _) in chosen.items()})
+    if device == "cuda":
+        # The first requests compile what is still missing; nothing of them stays in the cache.
+        engine.generate(input_ids=[[1, 2, 3, 4]] * 2, sampling_params={"max_new_tokens": 4})
+        engine.flush_cache()
+    compile_s = watch.stop()
+    return engine, time.monotonic() - began - compile_s, compile_s
+
+
+# --- every record in flight ---------------------------------------------------------------------------
+
+
+async def answer_all(
+    engine,
+    records: list[Record],
+    args: Arguments,
+    partial: PartialFile,
+    stopped: asyncio.Event,
+    waiting_limit: int | None,
+    on_rows: Callable[[list[dict]], None],
+) -> None:
+    """One async_generate per record, all at once (--batch_size limits them): none waits for another's batch,
+    and an error is one record's. Finished rows are on disk before `on_rows` sees them.
+
+    `waiting_limit` bounds the requests that have no token yet: with the lpm policy SGLang falls back to fcfs
+    while more than 128 wait. Returns early once `stopped` is set; raises OSError if rows cannot be written.
+    """
+    finished: asyncio.Queue = asyncio.Queue()
+    in_flight = asyncio.Semaphore(args.batch_size or len(records))
+    waiting = asyncio.Semaphore(waiting_limit or len(records))
+
+    async def generate(record: Record) -> dict:
+        request = {"input_ids": record.input_ids, "lora_path": record.lora}
+        params = record.sampling_params(args)
+        async with waiting:
+            if waiting_limit is None:
+                return await engine.async_generate(**request, sampling_params=params)
+            # A stream only tells when the first token is there: it sends the first and the last.
+            params |= {"stream_interval": 2**30}
+            stream = await engine.async_generate(**request, sampling_params=params, stream=True)
+            result = await anext(stream)
+        async for result in stream:  # noqa: B007 (each chunk holds all text so far)
+            pass
+        return result
+
+    async def answer(record: Record) -> None:
+        async with in_flight:
+            try:
+                result = await generate(record)
+                reason = result["meta_info"]["finish_reason"]
+                if reason["type"] == "abort":
+                    row = failure_row(record, f"aborted by the engine: {reason.get('message')}")
+                else:
+                    row = answer_row(record, result)
+            except Exception as error:  # whatever it is, it is this record's
+                first_line = (str(error).strip() or repr(error)).splitlines()[0][:300]
+                row = failure_row(record, f"{type(error).__name__}: {first_line}")
+        finished.put_nowait(row)
+
+    loop = asyncio.get_running_loop()
+    tasks = [loop.create_task(answer(record)) for record in records]
+    stop = loop.create_task(stopped.wait())
+    left = len(records)
+    try:
+        while left and not stopped.is_set():
+            get = loop.create_task(finished.get())
+            await asyncio.wait([get, stop], return_when=asyncio.FIRST_COMPLETED)
+            if not get.done():
+                get.cancel()
+                break
+            rows = [get.result()]
+            while not finished.empty():
+                rows.append(finished.get_nowait())
+            await loop.run_in_executor(None, partial.append, rows)
+            left -= len(rows)
+            on_rows(rows)
+    finally:
+        for task in (*tasks, stop):
+            task.cancel()
+        await asyncio.gather(*tasks, stop, return_exceptions=True)

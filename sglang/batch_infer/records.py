@@ -1,0 +1,198 @@
+"""What is written, so that nothing is lost: the durable partial file, resuming, and the final files.
+
+`outputs.partial.jsonl` starts with the run's identity; then a line per finished record, synced to disk
+before the next ones are taken. It stays until every record has succeeded. `summary.json` marks a finished
+run and is written last.
+"""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+from workbench import UserError
+from workbench.files import write_json
+
+from .prompts import Record
+
+SUMMARY = "summary.json"
+ALL = "outputs_all.json"
+LENGTHS = "lengths.png"
+PARTIAL = "outputs.partial.jsonl"
+EVERY = 10  # the assignment's file holds every 10th answer
+
+
+def stored_identity(folder: Path) -> dict | None:
+    """The identity of the run that the folder holds, finished or not; None if it holds none."""
+    for path, read in ((folder / SUMMARY, _from_summary), (folder / PARTIAL, _from_partial)):
+        if path.exists():
+            try:
+                return read(path)
+            except (ValueError, KeyError, IndexError, OSError) as error:
+                raise UserError(f"{path}: cannot be read ({error}); --overwrite starts anew") from error
+    return None
+
+
+def _from_summary(path: Path) -> dict:
+    return json.loads(path.read_text())["settings"]["identity"]
+
+
+def _from_partial(path: Path) -> dict | None:
+    lines = path.read_text().split("\n")
+    # A run killed while it wrote its first line holds nothing yet.
+    return json.loads(lines[0])["identity"] if len(lines) > 1 else None
+
+
+def check_owner(folder: Path, identity: dict) -> None:
+    """Raises UserError if the folder holds a run of another command."""
+    stored = stored_identity(folder)
+    if stored is None:
+        return
+    different = [
+        f"--{key} {stored.get(key)} there, {identity.get(key)} here"
+        for key in sorted(stored.keys() | identity.keys())
+        if stored.get(key) != identity.get(key)
+    ]
+    if different:
+        raise UserError(
+            f"{folder} holds another run ({'; '.join(different)}); name another --output_file, or --overwrite "
+            "starts anew"
+        )
+
+
+def finished(folder: Path) -> bool:
+    """Whether every record of the folder's run has succeeded."""
+    return (folder / SUMMARY).exists() and not (folder / PARTIAL).exists()
+
+
+def clear(output_file: Path) -> None:
+    """Removes what a run wrote, and nothing else."""
+    for name in (LENGTHS, ALL, output_file.name, SUMMARY, PARTIAL):
+        (output_file.parent / name).unlink(missing_ok=True)
+
+
+class PartialFile:
+    """The durable file of a running job. `append` may be called from any thread."""
+
+    def __init__(self, folder: Path, identity: dict) -> None:
+        self.path = folder / PARTIAL
+        self.rows: dict[int, dict] = {}  # index -> the row written last
+        self._lock = threading.Lock()
+        complete = self._read()
+        self._out = self.path.open("r+b" if self.path.exists() else "wb")
+        self._out.truncate(complete)  # the last line of a killed run may be cut
+        self._out.seek(complete)
+        if complete == 0:
+            self._write([{"identity": identity}])
+
+    def _read(self) -> int:
+        """Reads the rows; returns the number of bytes that are complete lines of JSON."""
+        complete = 0
+        if self.path.exists():
+            for line in self.path.read_bytes().splitlines(keepends=True):
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    break
+                if not line.endswith(b"\n"):
+                    break
+                complete += len(line)
+                if "index" in row:
+                    self.rows[row["index"]] = row
+        return complete
+
+    def done(self, record: Record) -> bool:
+        """Whether the record was answered, with the same prompt, parameters and weights."""
+        row = self.rows.get(record.index)
+        return row is not None and row["key"] == record.key and "error" not in row
+
+    def append(self, rows: list[dict]) -> None:
+        """Writes rows and waits until they are on disk. Raises OSError when there is no room."""
+        with self._lock:
+            self._write(rows)
+            for row in rows:
+                self.rows[row["index"]] = row
+
+    def _write(self, rows: list[dict]) -> None:
+        self._out.write("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode())
+        self._out.flush()
+        os.fsync(self._out.fileno())
+
+    def close(self) -> None:
+        self._out.close()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def answer_row(record: Record, result: dict) -> dict:
+    """A row of the partial file from what the engine returned."""
+    meta = result["meta_info"]
+    return {
+        "index": record.index,
+        "key": record.key,
+        "output": result["text"],
+        "output_ids": result["output_ids"],
+        "finish_reason": meta["finish_reason"]["type"],
+        "prompt_tokens": meta["prompt_tokens"],
+        "cached_tokens": meta["cached_tokens"],
+        "output_tokens": meta["completion_tokens"],
+    }
+
+
+def failure_row(record: Record, reason: str) -> dict:
+    return {"index": record.index, "key": record.key, "error": reason}
+
+
+def export(output_file: Path, records: list[Record], rows: dict[int, dict], generator: str) -> None:
+    """Writes `output_file` (every 10th record, the starter's keys in its order) and outputs_all.json
+    (AlpacaEval's array). A record without an answer keeps its place with an empty output."""
+    outputs = [rows.get(record.index, {}).get("output", "") for record in records]
+    pairs = list(zip(records, outputs, strict=True))
+    lines = [
+        json.dumps({"output": output, "instruction": record.instruction}) + "\n"
+        for record, output in pairs[::EVERY]
+    ]
+    _write_text(output_file, "".join(lines))
+    array = [
+        {"instruction": record.instruction, "output": output, "generator": generator}
+        for record, output in pairs
+    ]
+    _write_text(output_file.parent / ALL, json.dumps(array, indent=1) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(path)
+
+
+def summarise(records: list[Record], rows: dict[int, dict]) -> dict:
+    """The counts of summary.json, over all records of all starts of this run."""
+    answered = [rows[r.index] for r in records if "output" in rows.get(r.index, {})]
+    failures = [
+        {"index": r.index, "reason": rows.get(r.index, {}).get("error") or r.error or "not answered"}
+        for r in records
+        if "output" not in rows.get(r.index, {})
+    ]
+    prompt_tokens = sum(row["prompt_tokens"] for row in answered)
+    cached = sum(row["cached_tokens"] for row in answered)
+    capped = sum(row["finish_reason"] == "length" for row in answered)
+    return {
+        "records": len(records),
+        "failed_records": len(failures),
+        "failures": failures,
+        "truncated": [row["index"] for row in answered if row["finish_reason"] == "length"],
+        "prompt_tokens": prompt_tokens,
+        "cached_prompt_tokens": cached,
+        "prefix_hit_rate": cached / prompt_tokens if prompt_tokens else None,
+        "output_tokens": sum(row["output_tokens"] for row in answered),
+        "cap_hit_share": capped / len(answered) if answered else None,
+    }
+
+
+def write_summary(folder: Path, summary: dict) -> None:
+    write_json(folder / SUMMARY, summary)

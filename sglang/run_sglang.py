@@ -1,0 +1,181 @@
+"""Answers the 805 AlpacaEval instructions with Qwen2.5-7B-Instruct on the SGLang Runtime.
+
+    python sglang/run_sglang.py                # the assignment, on every visible GPU
+    python sglang/run_sglang.py --rehearse     # the same on a CPU: tiny model, shipped instructions
+
+    arguments -> preflight -> token ids -> engine -> every record in flight -> files
+
+A light parent process claims the output folder and waits; its child does the work, because a dying engine
+kills its process without an exception. Exit codes: 0 done, 1 a bug, 2 the input or the machine, 3 finished
+and some records failed, 75 stopped and resumable.
+"""
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
+from batch_infer import records as files
+from batch_infer.arguments import Arguments, parse
+from workbench import UserError
+from workbench.files import claim, commit, disk_full
+
+STOPPED = 75
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1
+
+
+def main(argv: list[str]) -> int:
+    try:
+        args = parse(argv)
+        with claim(args.folder, "--output_file"):
+            if not (args.preflight_only or args.download_only or args.overwrite):
+                files.check_owner(args.folder, args.identity())
+                if files.finished(args.folder):
+                    print(f"{args.folder} holds this run, finished; nothing to do (--overwrite starts anew)")
+                    return 0
+            return supervise(lambda: job(args), args.folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def supervise(function: Callable[[], int], folder: Path) -> int:
+    """Runs `function` in a child and returns its exit code. If the child was killed, says what is kept."""
+    partial = folder / files.PARTIAL
+    size = partial.stat().st_size if partial.exists() else 0
+    parent = os.getpid()
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            os.setpgid(0, 0)  # Ctrl-C reaches the parent only, which passes it on: the engine must not see it
+            code = function() if os.getppid() == parent else STOPPED
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+        except BaseException as error:
+            if isinstance(error, OSError) and disk_full(error, folder):
+                print(
+                    f"error: the disk or quota of {folder} is full; free some and run it again", file=sys.stderr
+                )
+                code = 2
+            else:
+                import traceback
+
+                traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, _: os.kill(pid, number))
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code >= 0:
+        return code
+    kept = partial.stat().st_size if partial.exists() else 0
+    print(
+        f"error: the engine's process was ended by {signal.Signals(-code).name}; see the lines above",
+        file=sys.stderr,
+    )
+    if kept > size:
+        print(f"Finished answers are in {partial}; the same command goes on from there.", file=sys.stderr)
+        return STOPPED
+    return 1
+
+
+def job(args: Arguments) -> int:
+    """The work, in the child."""
+    began = time.monotonic()
+    from batch_infer import engine as runtime
+    from batch_infer import preflight, prompts, report
+
+    environment = runtime.environment(args)
+    os.environ.update(environment)
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "10")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    report.quiet_libraries(args)
+    machine = runtime.Machine(args.device)
+    found = preflight.run(args, machine)
+    if args.preflight_only or args.download_only:
+        print("preflight passed" if args.preflight_only else "model and prompts are in the cache")
+        return 0
+    os.environ["HF_HUB_OFFLINE"] = "1"  # preflight has fetched everything
+    if args.overwrite:
+        files.clear(Path(args.output_file))
+
+    from transformers import AutoTokenizer
+
+    records, model = found["records"], found["model"]
+    own_tokenizer = args.lora_path and (Path(args.lora_path) / "tokenizer_config.json").exists()
+    tokenizer_folder = args.lora_path if own_tokenizer else model.folder
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    weights = {None: found["weights_id"]} | found["adapters"]
+    prompts.prepare(records, args, tokenizer, runtime.context_tokens(args, model), weights)
+    chosen = runtime.choose(args, machine, model, records)
+    chosen["tokenizer_path"] = (tokenizer_folder, "the adapter's" if own_tokenizer else "")
+
+    partial = files.PartialFile(args.folder, args.identity())
+    bad = [record for record in records if record.error]
+    partial.append([files.failure_row(record, record.error) for record in bad])
+    todo = [record for record in records if not record.error and not partial.done(record)]
+    report.print_start(records, bad, todo)
+    times = {"load_s": 0.0, "compile_s": 0.0, "generate_s": 0.0}
+    if todo:
+        runtime.print_choices(chosen)
+        code = generate(args, chosen, todo, len(records) - len(bad), partial, times)
+        if code:
+            return code
+    summary = files.summarise(records, partial.rows)
+    summary |= report.measures(summary, partial.rows, todo, times, machine, model)
+    summary["wall_s"] = time.monotonic() - began
+    summary["settings"] = report.settings(args, machine, found, chosen) | {"commit": commit()}
+    files.export(Path(args.output_file), records, partial.rows, Path(args.model_path).name)
+    report.plot_lengths(args, records, partial.rows)
+    files.write_summary(args.folder, summary)
+    partial.close()
+    if not summary["failed_records"]:
+        partial.remove()
+    report.print_end(args, summary, runtime.serve_line(args, chosen))
+    return 3 if summary["failed_records"] else 0
+
+
+def generate(args: Arguments, chosen: dict, todo: list, total: int, partial, times: dict) -> int:
+    """Starts the engine and answers `todo`; fills `times`. Returns 0, or 75 after a stop signal."""
+    from batch_infer import engine as runtime
+    from batch_infer import report
+
+    engine, times["load_s"], times["compile_s"] = runtime.start(chosen, args.device)
+    loop, stopped = engine.loop, asyncio.Event()
+    # SGLang installs its own handlers with its first request; ours must come later.
+    loop.run_until_complete(_create_handlers(engine))
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, stopped.set)
+    limit = runtime.WAITING_FOR_LPM if chosen["schedule_policy"][0] == "lpm" else None
+    began = time.monotonic()
+    try:
+        with report.progress(total, total - len(todo)) as on_rows:
+            loop.run_until_complete(runtime.answer_all(engine, todo, args, partial, stopped, limit, on_rows))
+        times["generate_s"] = time.monotonic() - began
+    finally:
+        engine.shutdown()
+    if stopped.is_set():
+        done = sum("error" not in row for row in partial.rows.values())
+        print(f"stopped: {done} of {total} answers are kept; the same command goes on from there")
+        return STOPPED
+    return 0
+
+
+async def _create_handlers(engine) -> None:
+    engine.tokenizer_manager.auto_create_handle_loop()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
