@@ -130,7 +130,8 @@ def job(args: Arguments) -> int:
     times = {"load_s": 0.0, "compile_s": 0.0, "generate_s": 0.0}
     if todo:
         runtime.print_choices(chosen)
-        code = generate(args, chosen, todo, len(records) - len(bad), partial, times)
+        architectures = model.config.get("architectures") or []
+        code = generate(args, chosen, architectures, todo, len(records) - len(bad), partial, times)
         if code:
             return code
     summary = files.summarise(records, partial.rows)
@@ -147,17 +148,20 @@ def job(args: Arguments) -> int:
     return 3 if summary["failed_records"] else 0
 
 
-def generate(args: Arguments, chosen: dict, todo: list, total: int, partial, times: dict) -> int:
+def generate(
+    args: Arguments, chosen: dict, architectures: list, todo: list, total: int, partial, times: dict
+) -> int:
     """Starts the engine and answers `todo`; fills `times`. Returns 0, or 75 after a stop signal."""
     from batch_infer import engine as runtime
     from batch_infer import report
 
-    engine, times["load_s"], times["compile_s"] = runtime.start(chosen, args.device)
+    engine, times["load_s"], times["compile_s"] = runtime.start(chosen, args.device, architectures)
     loop, stopped = engine.loop, asyncio.Event()
     # SGLang installs its own handlers with its first request; ours must come later.
     loop.run_until_complete(_create_handlers(engine))
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stopped.set)
+    loop.add_signal_handler(signal.SIGQUIT, runtime.end_at_once)
     limit = runtime.WAITING_FOR_LPM if chosen["schedule_policy"][0] == "lpm" else None
     began = time.monotonic()
     try:

@@ -1,4 +1,5 @@
-"""Fixtures. Real DeepSpeed on CPU ranks, quickly: every run is forked from this process (harness.py)."""
+"""Fixtures. Real DeepSpeed and the real SGLang Runtime on the CPU, quickly: every run is forked from this
+process (harness.py)."""
 
 import os
 import sys
@@ -20,6 +21,11 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # What run_sglang.py sets on the CPU: SGLang reads it at import, which happens here once.
+    "SGLANG_PLATFORM": "plain_cpu",
+    "RUNTIME_PLUGINS": "cpu",
+    "TORCHDYNAMO_DISABLE": "1",
+    "TORCH_LOGS": "-torch.utils.cpp_extension",
 }
 for name in ("STOP_FILE", "GPU_MEMORY_CAP_GIB", "SLURM_JOB_END_TIME"):
     os.environ.pop(name, None)
@@ -30,7 +36,7 @@ settings.load_profile("repository")
 
 def pytest_collection_modifyitems(items):
     """Quick files first, so that a slip shows in seconds."""
-    slow = ("test_training", "test_resume", "test_launcher")
+    slow = ("test_training", "test_resume", "test_launcher", "test_inference", "test_determinism")
     items.sort(key=lambda item: item.path.stem in slow)
 
 
@@ -70,19 +76,72 @@ def start(libraries, tmp_path):
     return run
 
 
+def _build(scratch: Path, name: str) -> Path:
+    sys.path.insert(0, str(ROOT / "rehearsal"))
+    import tiny_model
+
+    def build() -> int:
+        {"tiny_llama": tiny_model.build_llama, "tiny_qwen2": tiny_model.build_qwen2}[name](scratch / name)
+        return 0
+
+    code, text = fork(build, scratch / f"{name}.txt").wait()
+    assert code == 0, text
+    return scratch / name
+
+
 @pytest.fixture(scope="session")
 def tiny_model(scratch, libraries) -> Path:
     """The rehearsal's Llama, as a folder."""
-    sys.path.insert(0, str(ROOT / "rehearsal"))
-    from tiny_model import build_llama
+    return _build(scratch, "tiny_llama")
 
-    def build() -> int:
-        build_llama(scratch / "tiny_llama")
-        return 0
 
-    code, text = fork(build, scratch / "build.txt").wait()
-    assert code == 0, text
-    return scratch / "tiny_llama"
+@pytest.fixture(scope="session")
+def tiny_qwen2(scratch, libraries) -> Path:
+    """The rehearsal's Qwen2, as a folder."""
+    return _build(scratch, "tiny_qwen2")
+
+
+@pytest.fixture(scope="session")
+def runtime():
+    """Imports SGLang once per session (15 s of CPU time)."""
+    import matplotlib.pyplot  # noqa: F401
+    import run_sglang
+    import sglang.srt.entrypoints.engine
+    import sglang.srt.managers.scheduler  # noqa: F401
+    import xgrammar  # noqa: F401
+    from transformers import AutoTokenizer  # noqa: F401
+
+    return run_sglang
+
+
+def fork_engine_processes() -> None:
+    """SGLang spawns its processes, each with 15 s of imports; forked ones share ours. Call it in a forked
+    child. test_inference.py runs the program as it is, too."""
+    from sglang.srt.entrypoints import engine
+
+    set_start_method = engine.mp.set_start_method
+    engine.mp.set_start_method = lambda method, force: set_start_method("fork", force=True)
+
+
+@pytest.fixture(scope="session")
+def run_inference(runtime, tiny_qwen2, tmp_path_factory):
+    """run_inference(*flags, patch=None) -> Process: sglang/run_sglang.py --rehearse with these flags."""
+    terminals = tmp_path_factory.mktemp("terminals")
+    numbers = iter(range(1000))
+
+    def run(*flags, patch: Callable[[], None] | None = None) -> Process:
+        def program() -> int:
+            fork_engine_processes()
+            if patch:
+                patch()
+            words = [str(flag) for flag in flags]
+            if "--model_path" not in words and "--lora_path" not in words:
+                words += ["--model_path", str(tiny_qwen2)]
+            return runtime.main(["--rehearse", *words])
+
+        return fork(program, terminals / f"{next(numbers)}.txt")
+
+    return run
 
 
 @pytest.fixture(scope="session")

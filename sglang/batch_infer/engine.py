@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import json
+import os
+import re
 import shlex
 import threading
 import time
@@ -42,8 +45,8 @@ class Model:
 
     folder: str
     context_tokens: int  # trained positions
-    weights_gib: float  # in the dtype that is served
-    streamed_bytes: int  # weights that every decode step reads: without the gathered input embedding
+    weight_bytes: int  # in 16 bits
+    streamed_bytes: int  # of them, what every decode step reads: all but the gathered input embedding
     kv_bytes_per_token: int
     vocab_size: int
     dual_chunk: bool = False
@@ -84,6 +87,7 @@ def choose(args: Arguments, machine: Machine, model: Model, records: list[Record
         conservativeness(args.max_new_tokens),
         f"answers of about {EXPECTED_ANSWER_TOKENS} tokens, not {args.max_new_tokens}, are kept room for",
     )
+    chosen["constrained_json_disable_any_whitespace"] = (True, "JSON answers are compact")
     if args.reproducible:
         chosen["enable_deterministic_inference"] = (True, "the same bytes in every run (--fast: without)")
     if model.dual_chunk:
@@ -132,7 +136,7 @@ def _choose_gpu(args: Arguments, machine: Machine, model: Model, records: list[R
     if args.reproducible:
         reserve_gib += 4 * wanted * model.vocab_size * 8 / GIB
     fraction = int(min(0.9, 1 - reserve_gib / machine.memory_gib) * 100) / 100
-    pool = (fraction * machine.memory_gib - model.weights_gib / args.tp_size) * GIB
+    pool = (fraction * machine.memory_gib - model.weight_bytes / GIB / args.tp_size) * GIB
     fits = int(pool / (model.kv_bytes_per_token / args.tp_size * (EXPECTED_ANSWER_TOKENS + 64)))
     graphs = max(8, min(graphs, (fits + 7) // 8 * 8))
     chosen = {
@@ -241,8 +245,20 @@ class CompileWatch(threading.Thread):
         return self.compile_s
 
 
-def start(chosen: Choices, device: str):
+def skip_other_models(architectures: list[str]) -> None:
+    """SGLang's scheduler imports every model it knows, 6 s of CPU time; its own switch for leaving some out
+    takes module names. A model that no module of its own defines leaves the switch alone."""
+    folder = Path(importlib.util.find_spec("sglang").origin).parent / "srt" / "models"
+    modules = {path.stem: path.read_text() for path in folder.glob("*.py")}
+    pattern = re.compile("|".join(rf"^class {re.escape(name)}\b" for name in architectures), re.M)
+    needed = {name for name, text in modules.items() if architectures and pattern.search(text)}
+    if needed:
+        os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(sorted(modules.keys() - needed)))
+
+
+def start(chosen: Choices, device: str, architectures: list[str]):
     """(engine, load_s, compile_s). Raises UserError for an engine argument that does not exist."""
+    skip_other_models(architectures)
     import dataclasses
 
     from sglang.srt.entrypoints.engine import Engine
@@ -260,6 +276,14 @@ def start(chosen: Choices, device: str):
         engine.flush_cache()
     compile_s = watch.stop()
     return engine, time.monotonic() - began - compile_s, compile_s
+
+
+def end_at_once() -> None:
+    """For SIGQUIT, which SGLang sends when one of its processes has died. Its own handler first dumps the
+    stacks of the living ones for up to a minute; finished answers are on disk, so nothing needs saving."""
+    from sglang.srt.utils import kill_process_tree
+
+    kill_process_tree(os.getpid())
 
 
 # --- every record in flight ---------------------------------------------------------------------------

@@ -225,21 +225,22 @@ def look_at_model(args: Arguments, found: dict) -> str:
     heads = config["num_attention_heads"]
     head_size = config.get("head_dim") or config["hidden_size"] // heads
     kv_heads = config.get("num_key_value_heads", heads)
-    weights = sorted(folder.glob("*.safetensors"))
-    weight_bytes = sum(path.stat().st_size for path in weights)
-    embedding = 0 if config.get("tie_word_embeddings") else config["vocab_size"] * config["hidden_size"] * 2
+    linear = config["num_hidden_layers"] * sum(a * b for a, b in projection_shapes(config).values())
+    table = config["vocab_size"] * config["hidden_size"]  # input embedding and output projection: one each
     found["model"] = Model(
         folder=str(folder),
         context_tokens=config["max_position_embeddings"],
-        weights_gib=weight_bytes / GIB,
-        streamed_bytes=weight_bytes - embedding,
+        weight_bytes=2 * (linear + table * (1 if config.get("tie_word_embeddings") else 2)),
+        streamed_bytes=2 * (linear + table),
         kv_bytes_per_token=2 * config["num_hidden_layers"] * kv_heads * head_size * 2,
         vocab_size=config["vocab_size"],
         dual_chunk=bool(config.get("dual_chunk_attention_config")),
         config=config,
     )
     found["revision"] = revision
-    found["weights_id"] = revision or fingerprint([folder / "config.json", *weights])
+    found["weights_id"] = revision or fingerprint(
+        [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    )
     return text
 
 
