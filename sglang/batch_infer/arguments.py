@@ -17,17 +17,6 @@ DEFAULT_MODEL = "Qwen/Qwen2.5-7B-Instruct"
 DEFAULT_PROMPTS = "tatsu-lab/alpaca_eval"
 TINY_MODEL = "tiny_qwen2"  # folder beside the outputs that a rehearsal builds its model in
 
-CHANGED_FLAGS = {
-    "dual_chunk": "nothing: see -1M in the README",
-    "cuda_graph_max_bs": "--engine_args '{\"cuda_graph_max_bs_decode\": N}'",
-    "attention_backend": '--engine_args \'{"attention_backend": "..."}\'',
-    "mem_fraction_static": "--engine_args '{\"mem_fraction_static\": 0.8}'",
-    "max_tokens": "--max_new_tokens",
-    "model": "--model_path",
-    "lora": "--lora_path",
-    "policy": '--engine_args \'{"schedule_policy": "..."}\'',
-}
-
 REHEARSAL_DEFAULTS = {
     "device": "cpu",
     "prompts": str(REHEARSAL / "instructions.json"),
@@ -126,7 +115,9 @@ def parse(argv: list[str]) -> Arguments:
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [entry.name for entry in fields(Arguments)]
-        raise UserError(unknown_flag(unknown[0], names, CHANGED_FLAGS))
+        raise UserError(
+            unknown_flag(unknown[0], names, {}) + "; sglang.Engine's own arguments go into --engine_args"
+        )
     given = {key: value for key, value in vars(known).items() if value is not None}
     if given.get("rehearse"):
         stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -1,0 +1,257 @@
+"""What stops a run before the engine starts: one line with what was found and the cure, exit code 2."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+
+from batch_infer import preflight
+from batch_infer.arguments import Arguments, parse
+from batch_infer.engine import Machine
+from workbench import UserError
+
+H200 = {
+    **{"name": "NVIDIA H200", "memory_gib": 140.4, "free_gib": 139.9, "capability": (9, 0)},
+    **{"bandwidth": 4.9e12, "flops": 1e15},
+}
+V100 = H200 | {"name": "Tesla V100-SXM2-16GB", "memory_gib": 15.8, "free_gib": 15.5, "capability": (7, 0)}
+
+
+def look(monkeypatch, gpus: list, args: Arguments | None = None, cuda=(13, 0), driver="580.95.05") -> Machine:
+    monkeypatch.setattr(preflight, "nvml_gpus", lambda: gpus)
+    monkeypatch.setattr(preflight, "cuda_driver_version", lambda: cuda)
+    monkeypatch.setattr(preflight, "driver_version", lambda: driver)
+    monkeypatch.setattr(preflight, "torch_cuda", lambda: "13.0")
+    machine = Machine("cuda")
+    preflight.look_at_gpus(args or Arguments(), machine)
+    return machine
+
+
+def test_good_gpus(monkeypatch):
+    machine = look(monkeypatch, [H200, H200 | {"memory_gib": 140.0}])
+    assert (machine.gpus, machine.memory_gib, machine.capability) == (2, 140.0, (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "expected"),
+    [
+        ([], {"driver": None}, "no NVIDIA GPU here; ask for one .* or try the CPU rehearsal: --rehearse"),
+        (
+            [H200],
+            {"cuda": (12, 8), "driver": "570.124.06"},
+            "NVIDIA H200: NVIDIA driver 570.124.06 is too old for torch .*580",
+        ),
+        ([V100], {}, "V100-SXM2-16GB, has compute capability 7.0 and SGLang needs 8.0; ask Slurm for an A100"),
+        ([H200 | {"free_gib": 60.0}], {}, "60.0 of 140.4 GiB free on a GPU: another process holds it"),
+        ([H200], {"args": Arguments(tp_size=2)}, "--tp_size 2 --dp_size 1: 2 GPUs needed, 1 visible"),
+    ],
+)
+def test_gpus_that_cannot_be_used(monkeypatch, gpus, options, expected):
+    """The CPU is never a fallback: a GPU that torch cannot use stops the run."""
+    with pytest.raises(UserError, match=expected):
+        look(monkeypatch, gpus, **options)
+
+
+def test_the_installed_torch_is_read_without_importing_it():
+    assert preflight.torch_cuda() == "13.0"
+
+
+def nvcc(folder: Path, release: str) -> str:
+    (folder / "bin").mkdir(parents=True)
+    script = folder / "bin" / "nvcc"
+    script.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.0'\n")
+    script.chmod(0o755)
+    return str(folder)
+
+
+def test_kernel_tools(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setenv("CUDA_HOME", nvcc(tmp_path / "13", "13.2"))
+    assert "nvcc of CUDA 13 in" in preflight.look_at_kernel_tools(Arguments())
+    # One of another major version is replaced by the wheel's, and that is said.
+    monkeypatch.setenv("CUDA_HOME", nvcc(tmp_path / "12", "12.4"))
+    assert "the wheel's own (CUDA_HOME was " in preflight.look_at_kernel_tools(Arguments())
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "g++" else name)
+    with pytest.raises(UserError, match=r"g\+\+ is not on the PATH .*module load gcc"):
+        preflight.look_at_kernel_tools(Arguments())
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"kernels cannot be stored there .* set LLM_STORAGE"):
+        preflight.look_at_kernel_tools(Arguments())
+
+
+def test_missing_and_stale_plugins(monkeypatch, tmp_path):
+    assert "sglang 0.5.17" in preflight.look_at_packages()
+    other = tmp_path / "plugins"
+    shutil.copytree(preflight.PLUGINS, other)
+    (other / "cpu.py").write_text("changed")
+    monkeypatch.setattr(preflight, "PLUGINS", other)
+    with pytest.raises(UserError, match=r"another version; run `make install` \(or pip install --no-deps"):
+        preflight.look_at_packages()
+
+    def missing(name):
+        if name == "assignment-runtime-plugins":
+            raise preflight.importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    found = preflight.importlib.metadata.distribution
+    monkeypatch.setattr(preflight.importlib.metadata, "distribution", missing)
+    with pytest.raises(UserError, match="runtime_plugins is not installed; run `make install`"):
+        preflight.look_at_packages()
+
+
+# --- adapters -----------------------------------------------------------------------------------------
+
+CONFIG = {
+    **{"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "num_hidden_layers": 2,
+}
+
+
+def adapter(folder: Path, config: dict | None = None, tensors: dict | None = None) -> Path:
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "base_model_name_or_path": "base"} | (config or {})
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    prefix = "base_model.model.model.layers."
+    shapes = {
+        f"{prefix}0.self_attn.q_proj.lora_A.weight": [2, 8],
+        f"{prefix}1.self_attn.k_proj.lora_B.weight": [4, 2],
+        f"{prefix}1.mlp.down_proj.lora_A.weight": [2, 16],
+    } | (tensors or {})
+    header = json.dumps({name: {"dtype": "F32", "shape": shape} for name, shape in shapes.items()}).encode()
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    return folder
+
+
+def test_good_adapter(tmp_path):
+    preflight.check_adapter(adapter(tmp_path / "a"), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "expected"),
+    [
+        ({"use_dora": True}, {}, "DoRA is not served by SGLang"),
+        ({"use_rslora": True}, {}, "rsLoRA would be served with the wrong scale"),
+        ({"peft_type": "IA3"}, {}, "IA3 adapters are not served"),
+        ({"rank_pattern": {"q_proj": 4}}, {}, "rank_pattern is not served"),
+        ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save is not served"),
+        ({}, {"base_model.model.lm_head.lora_A.weight": [2, 8]}, "lm_head.lora_A.weight is not a projection"),
+        ({}, {"base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": [32, 2]}, "trained on another base"),
+        (
+            {},
+            {"base_model.model.model.layers.7.mlp.up_proj.lora_B.weight": [16, 2]},
+            "this model 16 in 2 layers",
+        ),
+    ],
+)
+def test_adapters_that_cannot_be_served(tmp_path, config, tensors, expected):
+    with pytest.raises(UserError, match=expected):
+        preflight.check_adapter(adapter(tmp_path / "a", config, tensors), CONFIG)
+
+
+# --- whole commands -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            ["--model_path", "no-such/model"],
+            "no-such/model is not complete in the cache and the hub cannot be reached",
+        ),
+        (
+            ["--prompts", "no-such/prompts"],
+            "no-such/prompts is not complete in the cache and the hub cannot be",
+        ),
+        (["--output_file", "/proc/nowhere/outputs.jsonl"], "--output_file /proc/nowhere: cannot be written"),
+        (
+            ["--engine_args", '{"mem_fraction": 0.5}'],
+            "no argument mem_fraction; did you mean mem_fraction_static",
+        ),
+        (["--lora_path", "."], "no adapter_config.json that names the base model"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run_inference, tmp_path, flags, expected):
+    code, text = run_inference("--output_file", tmp_path / "outputs.jsonl", *flags).wait()
+    assert code == 2, text
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert expected in lines[0]
+    assert "Traceback" not in text
+
+
+def test_bad_prompt_file_names_its_line(run_inference, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"instruction": "fine"}\n{"instruction": broken}\n')
+    code, text = run_inference("--prompts", path, "--output_file", tmp_path / "outputs.jsonl").wait()
+    assert code == 2
+    assert "prompts.jsonl, line 2, column 17: not valid JSON" in text.splitlines()[-1]
+
+
+def test_no_gpu_is_no_reason_for_the_cpu(runtime, tiny_qwen2, tmp_path):
+    from harness import fork
+
+    flags = ["--model_path", str(tiny_qwen2), "--output_file", str(tmp_path / "outputs.jsonl")]
+    code, text = fork(lambda: runtime.main(flags), tmp_path / "terminal.txt").wait()
+    assert code == 2
+    assert "error: no NVIDIA GPU here" in text
+
+
+def test_two_runs_in_one_folder(runtime, tmp_path):
+    from workbench.files import claim
+
+    args = parse(["--rehearse", "--output_file", str(tmp_path / "outputs.jsonl")])
+    with claim(args.folder, "--output_file"):
+        from harness import fork
+
+        flags = ["--rehearse", "--output_file", str(tmp_path / "outputs.jsonl")]
+        code, text = fork(lambda: runtime.main(flags), tmp_path / "terminal.txt").wait()
+    assert code == 2
+    assert "another run is writing there" in text
+
+
+def test_download_only_and_preflight_only_start_no_engine(run_inference, tmp_path):
+    out = ["--output_file", tmp_path / "outputs.jsonl"]
+    code, text = run_inference("--download_only", *out).wait()
+    assert code == 0, text
+    assert "model and prompts are in the cache" in text
+    code, text = run_inference("--preflight_only", *out).wait()
+    assert code == 0, text
+    assert text.rstrip().endswith("preflight passed")
+    assert not (tmp_path / "outputs.jsonl").exists()
+
+
+def test_full_hub_cache_works_offline(run_inference, tiny_qwen2, tmp_path, monkeypatch):
+    """Laid out as a download of the hub: model and the data set's plain JSON."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    for kind, name, files in (
+        ("models", "some/model", tiny_qwen2.iterdir()),
+        ("datasets", "tatsu-lab/alpaca_eval", [tmp_path / "alpaca_eval.json"]),
+    ):
+        repo = cache / f"{kind}--{name.replace('/', '--')}"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text("c0ffee" * 6)
+        snapshot = repo / "snapshots" / ("c0ffee" * 6)
+        snapshot.mkdir(parents=True)
+        (tmp_path / "alpaca_eval.json").write_text('[{"instruction": "Say something.", "output": "x"}]')
+        for path in files:
+            shutil.copy(path, snapshot / path.name)
+
+    def patch() -> None:
+        constants.HF_HUB_CACHE = str(cache)
+        import huggingface_hub.file_download as file_download
+
+        file_download.constants.HF_HUB_CACHE = str(cache)
+
+    flags = ["--model_path", "some/model", "--prompts", "tatsu-lab/alpaca_eval", "--preflight_only"]
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    code, text = run_inference(*flags, "--output_file", tmp_path / "outputs.jsonl", patch=patch).wait()
+    assert code == 0, text
+    assert "some/model at c0ffeec0ffee, complete in the cache" in text
+    assert "tatsu-lab/alpaca_eval: 1 records" in text

@@ -1,0 +1,178 @@
+"""The plugins: on only when asked for, loud when SGLang changes, and exact."""
+
+import os
+
+import pytest
+
+from harness import ROOT, fork
+from runtime_plugins import check_target, cpu, deterministic_radix
+
+
+def in_child(function, tmp_path) -> str:
+    """torch computes and SGLang is patched in children only (harness.py)."""
+
+    def run() -> int:
+        function()
+        return 0
+
+    code, text = fork(run, tmp_path / "child.txt").wait()
+    assert code == 0, text
+    return text
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+@pytest.mark.parametrize("asked", ["", "deterministic_radix"])
+def test_nothing_happens_unless_the_cpu_was_asked_for(runtime, monkeypatch, tmp_path, cuda, asked):
+    """Whatever torch says about CUDA: no platform, no hook, no list changed, torch untouched."""
+    monkeypatch.setenv("RUNTIME_PLUGINS", asked)
+
+    def check() -> None:
+        import torch
+        from sglang.srt import server_args
+        from sglang.srt.plugins.hook_registry import HookRegistry
+
+        torch.cuda.is_available = lambda: cuda
+        lists = (
+            server_args.DETERMINISTIC_ATTENTION_BACKEND_CHOICES,
+            server_args.RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND,
+        )
+        before, pin = [list(names) for names in lists], torch.Tensor.pin_memory
+        assert cpu.activate() is None
+        cpu.register()
+        deterministic_radix.register()
+        assert not HookRegistry._hooks
+        assert torch.Tensor.pin_memory is pin
+        expected = [before[0], before[1] + (["flashinfer"] if asked else [])]
+        assert [list(names) for names in lists] == expected
+
+    in_child(check, tmp_path)
+
+
+def test_asked_for_it_is_used_even_where_cuda_is_present(runtime, tmp_path):
+    def check() -> None:
+        import torch
+        from sglang.srt import platforms
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.plugins.hook_registry import HookRegistry
+
+        torch.cuda.is_available = lambda: True
+        assert cpu.activate() == "runtime_plugins.cpu_platform:PlainCpuPlatform"
+        assert type(platforms._resolve_platform()).__name__ == "PlainCpuPlatform"
+        load_plugins()
+        assert len(HookRegistry._hooks) >= 12
+        assert set(HookRegistry._hooks) == HookRegistry._patched
+
+    in_child(check, tmp_path)
+
+
+def test_a_hook_without_its_target_is_loud(runtime):
+    with pytest.raises(SystemExit, match=r"no sglang.srt.server_args.no_such_name in sglang 0.5.17"):
+        check_target("sglang.srt.server_args.no_such_name")
+
+
+def test_every_hook_names_the_line_it_answers():
+    for name, function in vars(cpu).items():
+        if name.startswith(("allow_", "unpin_", "mask_", "hash_", "keep_", "compute_")):
+            assert ".py" in function.__doc__ or "batch_invariant_ops" in function.__doc__, name
+
+
+def test_the_versions_agree():
+    lock = (ROOT / "requirements.txt").read_text()
+    import runtime_plugins
+
+    assert f"sglang=={runtime_plugins.SGLANG_VERSION}\n" in lock
+
+
+def test_only_the_asked_for_platform_starts(runtime, monkeypatch, tmp_path):
+    """Without our variable SGLang's own choice stays; with SGLANG_PLATFORM alone it refuses."""
+    monkeypatch.delenv("RUNTIME_PLUGINS")
+
+    def check() -> None:
+        from sglang.srt import platforms
+
+        with pytest.raises(RuntimeError, match=r"activate\(\) returned None"):
+            platforms._resolve_platform()
+        del os.environ["SGLANG_PLATFORM"]
+        assert type(platforms._resolve_platform()).__module__.startswith("sglang.")
+
+    in_child(check, tmp_path)
+
+
+# --- exactness ----------------------------------------------------------------------------------------
+
+
+def test_murmur_hash_equals_an_independent_one(tmp_path):
+    """MurmurHash3_x86_32 of 16 bytes, written here from its definition with Python's integers."""
+    vectors = [(0, 0, 0), (1, 2, 3), (2**31 - 1, 8191, 152063), (2**62 + 12345, 77, 1)]
+
+    def murmur3(data: bytes) -> int:
+        state = 0
+        for start in range(0, len(data), 4):
+            block = int.from_bytes(data[start : start + 4], "little") * 0xCC9E2D51 % 2**32
+            block = (block << 15 | block >> 17) % 2**32 * 0x1B873593 % 2**32
+            state ^= block
+            state = ((state << 13 | state >> 19) % 2**32 * 5 + 0xE6546B64) % 2**32
+        state ^= len(data)
+        state = (state ^ state >> 16) * 0x85EBCA6B % 2**32
+        state = (state ^ state >> 13) * 0xC2B2AE35 % 2**32
+        return state ^ state >> 16
+
+    # Published test vector (smhasher): four zero bytes, seed 0.
+    assert murmur3(bytes(4)) == 0x2362F9DE
+
+    def check() -> None:
+        import torch
+
+        seeds, positions, columns = (torch.tensor(values) for values in zip(*vectors, strict=True))
+        found = cpu.murmur_hash32(seeds, positions, columns)
+        for row, (seed, position, _) in enumerate(vectors):
+            for column, (_, _, index) in enumerate(vectors):
+                data = seed.to_bytes(8, "little") + position.to_bytes(4, "little") + index.to_bytes(4, "little")
+                assert int(found[row, column]) == murmur3(data)
+
+    in_child(check, tmp_path)
+
+
+def test_linear_is_exact_at_every_number_of_rows(tmp_path):
+    def check() -> None:
+        import torch
+
+        torch.manual_seed(0)
+        x, weight, bias = torch.randn(50, 128), torch.randn(384, 128), torch.randn(384)
+        wide = cpu.linear(x, weight, bias)
+        torch.testing.assert_close(wide, torch.nn.functional.linear(x, weight, bias))
+        for rows in range(1, 50):
+            assert torch.equal(cpu.linear(x[:rows], weight, bias), wide[:rows]), rows
+            assert torch.equal(cpu.linear(x[rows : rows + 1], weight, bias), wide[rows : rows + 1]), rows
+        assert torch.equal(cpu.linear(x.view(2, 25, 128), weight), cpu.linear(x, weight).view(2, 25, 384))
+
+    in_child(check, tmp_path)
+
+
+def test_attention_is_right_and_exact_however_it_is_cut(tmp_path):
+    """Grouped-query attention over a scattered KV pool against torch's own in fp64; then prefill in one piece,
+    in two, and token by token: equal bits."""
+
+    def check() -> None:
+        import torch
+        from torch.nn import functional
+
+        torch.manual_seed(0)
+        total, heads, kv_heads, size = 45, 4, 2, 16
+        query = torch.randn(total, heads, size)
+        k_cache, v_cache = torch.randn(100, kv_heads, size), torch.randn(100, kv_heads, size)
+        slots = torch.randperm(100)[:total]
+        whole = cpu.attend(query, k_cache, v_cache, slots, None)
+        q, k, v = (t.double().transpose(0, 1)[None] for t in (query, k_cache[slots], v_cache[slots]))
+        exact = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(whole.double(), exact[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
+        for cut in (1, 15, 16, 17, 31, 44):
+            first = cpu.attend(query[:cut], k_cache, v_cache, slots[:cut], None)
+            second = cpu.attend(query[cut:], k_cache, v_cache, slots, None)
+            assert torch.equal(torch.cat([first, second]), whole), cut
+        for position in range(total):
+            row = query[position : position + 1]
+            alone = cpu.attend(row, k_cache, v_cache, slots[: position + 1], None)
+            assert torch.equal(alone, whole[position : position + 1]), position
+
+    in_child(check, tmp_path)
