@@ -11,15 +11,19 @@ and some records failed, 75 stopped and resumable.
 """
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
+from batch_infer import engine as runtime
+from batch_infer import preflight, prompts, report
 from batch_infer import records as files
 from batch_infer.arguments import Arguments, parse
 from workbench import UserError
@@ -37,6 +41,7 @@ def main(argv: list[str]) -> int:
             if not (args.preflight_only or args.download_only or args.overwrite):
                 files.check_owner(args.folder, args.identity())
                 if files.finished(args.folder):
+                    files.check_inputs(args.folder, preflight.local_inputs(args))
                     print(f"{args.folder} holds this run, finished; nothing to do (--overwrite starts anew)")
                     return 0
             return supervise(lambda: job(args), args.folder)
@@ -48,57 +53,63 @@ def main(argv: list[str]) -> int:
 def supervise(function: Callable[[], int], folder: Path) -> int:
     """Runs `function` in a child and returns its exit code. If the child was killed, says what is kept."""
     partial = folder / files.PARTIAL
-    size = partial.stat().st_size if partial.exists() else 0
-    parent = os.getpid()
+    before = files.count_rows(partial)
+    parent, stops = os.getpid(), []
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
-        code = 1
-        try:
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            os.setpgid(0, 0)  # Ctrl-C reaches the parent only, which passes it on: the engine must not see it
-            code = function() if os.getppid() == parent else STOPPED
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            code = 2
-        except BaseException as error:
-            if isinstance(error, OSError) and disk_full(error, folder):
-                print(
-                    f"error: the disk or quota of {folder} is full; free some and run it again", file=sys.stderr
-                )
-                code = 2
-            else:
-                import traceback
+        _run_child(function, folder, parent)
 
-                traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+    def pass_on(number: int, _) -> None:
+        stops.append(number)
+        os.kill(pid, number)
+
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda number, _: os.kill(pid, number))
+        signal.signal(number, pass_on)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # what a killed job may have left
     if code >= 0:
         return code
-    kept = partial.stat().st_size if partial.exists() else 0
-    print(
-        f"error: the engine's process was ended by {signal.Signals(-code).name}; see the lines above",
-        file=sys.stderr,
-    )
-    if kept > size:
-        print(f"Finished answers are in {partial}; the same command goes on from there.", file=sys.stderr)
+    kept = files.count_rows(partial) > before
+    where = f"; finished answers are in {partial}" if kept else ""
+    if stops:
+        print(f"stopped{where}; the same command goes on from there")
         return STOPPED
-    return 1
+    name = signal.Signals(-code).name
+    print(f"error: the engine's process was ended by {name}, see the lines above{where}", file=sys.stderr)
+    if kept:
+        print("The same command goes on from there.", file=sys.stderr)
+    return STOPPED if kept else 1
+
+
+def _run_child(function: Callable[[], int], folder: Path, parent: int) -> None:
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.setpgid(0, 0)  # Ctrl-C reaches the parent only, which passes it on: the engine must not see it
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        code = function() if os.getppid() == parent else STOPPED
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except BaseException as error:
+        if isinstance(error, Exception) and disk_full(error, folder):
+            print(f"error: the disk or quota of {folder} is full; free some and run it again", file=sys.stderr)
+            code = 2
+        else:
+            traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def job(args: Arguments) -> int:
     """The work, in the child."""
     began = time.monotonic()
-    from batch_infer import engine as runtime
-    from batch_infer import preflight, prompts, report
-
-    environment = runtime.environment(args)
-    os.environ.update(environment)
+    os.environ.update(runtime.environment(args))
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "10")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     report.quiet_libraries(args)
@@ -135,8 +146,11 @@ def job(args: Arguments) -> int:
         if code:
             return code
     summary = files.summarise(records, partial.rows)
-    summary |= report.measures(summary, partial.rows, todo, times, machine, model)
-    summary["wall_s"] = time.monotonic() - began
+    if todo or not (args.folder / files.SUMMARY).exists():
+        summary |= report.measures(partial.rows, todo, times, machine, model)
+        summary["wall_s"] = time.monotonic() - began
+    else:  # nothing was generated: the times are those of the start before
+        summary = files.stored_summary(args.folder) | summary
     summary["settings"] = report.settings(args, machine, found, chosen) | {"commit": commit()}
     files.export(Path(args.output_file), records, partial.rows, Path(args.model_path).name)
     report.plot_lengths(args, records, partial.rows)
@@ -152,9 +166,6 @@ def generate(
     args: Arguments, chosen: dict, architectures: list, todo: list, total: int, partial, times: dict
 ) -> int:
     """Starts the engine and answers `todo`; fills `times`. Returns 0, or 75 after a stop signal."""
-    from batch_infer import engine as runtime
-    from batch_infer import report
-
     engine, times["load_s"], times["compile_s"] = runtime.start(chosen, args.device, architectures)
     loop, stopped = engine.loop, asyncio.Event()
     # SGLang installs its own handlers with its first request; ours must come later.

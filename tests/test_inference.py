@@ -129,6 +129,43 @@ def test_another_command_in_the_folder_is_refused(run_inference, flags, uninterr
     assert "holds another run (--temperature 0.7 there, 0.0 here)" in text
 
 
+def test_changed_prompts_are_noticed(run_inference, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Say something.\n")
+    flags = ["--prompts", prompts, "--max_new_tokens", 4, "--output_file", tmp_path / "out" / "outputs.jsonl"]
+    assert run_inference(*flags).wait()[0] == 0
+    prompts.write_text("Say something else.\n")
+    code, text = run_inference(*flags).wait()
+    assert code == 2
+    assert "finished, but prompts_sha256 changed since" in text
+    code, text = run_inference(*flags, "--overwrite").wait()
+    assert code == 0, text
+    assert "else" in (tmp_path / "out" / "outputs.jsonl").read_text()
+
+
+def test_stopped_while_it_loads(run_inference, flags, tmp_path):
+    """SIGTERM before the first answer: 75, no traceback, no process left."""
+
+    def patch() -> None:
+        import run_sglang
+
+        run_sglang.runtime.start = lambda *_: (os.kill(os.getppid(), signal.SIGTERM), time.sleep(30))
+
+    code, text = run_inference(*flags, "--output_file", tmp_path / "outputs.jsonl", patch=patch).wait()
+    assert code == 75, text
+    assert "stopped; the same command goes on from there" in text
+    assert "Traceback" not in text
+
+
+def test_raw_prompts_need_no_template(run_inference, tiny_model, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Once upon a time\n")
+    flags = ["--model_path", tiny_model, "--prompts", prompts, "--max_new_tokens", 4, "--raw"]
+    code, text = run_inference(*flags, "--output_file", tmp_path / "outputs.jsonl").wait()
+    assert code == 0, text
+    assert summary_of(tmp_path)["settings"]["identity"]["raw"] is True
+
+
 # --- the same bytes -----------------------------------------------------------------------------------
 
 

@@ -172,6 +172,11 @@ def test_adapters_that_cannot_be_served(tmp_path, config, tensors, expected):
             ["--engine_args", '{"mem_fraction": 0.5}'],
             "no argument mem_fraction; did you mean mem_fraction_static",
         ),
+        (
+            ["--engine_args", '{"schedule_policy": "best"}'],
+            "--engine_args: schedule_policy 'best'; choose lpm, ",
+        ),
+        (["--engine_args", '{"page_size": "x"}'], "--engine_args: SGLang refuses them: "),
         (["--lora_path", "."], "no adapter_config.json that names the base model"),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_infer import engine, prompts, records
-from batch_infer.arguments import DEFAULT_MODEL, Arguments, check_engine_arg_names, parse
+from batch_infer.arguments import DEFAULT_MODEL, Arguments, check_engine_args, parse
 from batch_infer.engine import Machine, Model
 from batch_infer.prompts import Record
 from workbench import UserError
@@ -193,7 +193,9 @@ def test_engine_args_override_and_unknown_names_are_refused():
     args = parse(["--engine_args", '{"schedule_policy": "lpm"}'])
     assert values(args)["schedule_policy"] == "lpm"
     with pytest.raises(UserError, match="no argument schedule_polcy; did you mean schedule_policy"):
-        check_engine_arg_names({"schedule_polcy": 1}, {"schedule_policy", "dp_size"})
+        check_engine_args({"schedule_polcy": 1}, {"schedule_policy": None, "dp_size": None})
+    with pytest.raises(UserError, match="schedule_policy 'best'; choose lpm, fcfs"):
+        check_engine_args({"schedule_policy": "best"}, {"schedule_policy": ["lpm", "fcfs"]})
 
 
 def test_serve_line_quotes_what_a_shell_would_split():
@@ -215,12 +217,11 @@ def test_serve_line_quotes_what_a_shell_would_split():
 def test_other_models_are_left_out(monkeypatch):
     import os
 
-    monkeypatch.delenv("SGLANG_DISABLED_MODEL_ARCHS", raising=False)
+    monkeypatch.setattr(os, "environ", {})
     engine.skip_other_models(["NoSuchModel"])
-    assert "SGLANG_DISABLED_MODEL_ARCHS" not in os.environ
+    assert not os.environ
     engine.skip_other_models(["Qwen2ForCausalLM"])
     names = os.environ["SGLANG_DISABLED_MODEL_ARCHS"].split(",")
-    monkeypatch.delenv("SGLANG_DISABLED_MODEL_ARCHS")
     assert "qwen2" not in names
     assert {"llama", "deepseek_v2"} <= set(names)
 

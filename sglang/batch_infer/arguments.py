@@ -136,9 +136,12 @@ def parse(argv: list[str]) -> Arguments:
 def _base_of(adapter: Path) -> str:
     config = adapter / "adapter_config.json"
     try:
-        return json.loads(config.read_text())["base_model_name_or_path"]
+        base = json.loads(config.read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--lora_path {adapter}: no adapter_config.json that names the base model") from error
+    if base.startswith("/") and not Path(base).is_dir():
+        raise UserError(f"--lora_path {adapter}: its base {base} is not there; name the base with --model_path")
+    return base
 
 
 def _check(args: Arguments) -> None:
@@ -189,12 +192,15 @@ def _check(args: Arguments) -> None:
     args.engine_args = json.dumps(engine_args, sort_keys=True)
 
 
-def check_engine_arg_names(given: dict, known: set[str]) -> None:
-    """Raises UserError for a name in --engine_args that sglang.Engine does not have, with the nearest one."""
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+def check_engine_args(given: dict, choices: dict[str, list | None]) -> None:
+    """Raises UserError for a name or value in --engine_args that sglang.Engine does not have. `choices` maps
+    each of its arguments to the values it takes (None: any)."""
+    for name, value in given.items():
+        if name not in choices:
+            near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
             raise UserError(
                 f"--engine_args: sglang.Engine has no argument {name}"
                 + (f"; did you mean {near[0]}?" if near else "")
             )
+        if choices[name] and value is not None and value not in choices[name]:
+            raise UserError(f"--engine_args: {name} {value!r}; choose {', '.join(map(str, choices[name]))}")

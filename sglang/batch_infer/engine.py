@@ -9,13 +9,15 @@ import re
 import shlex
 import threading
 import time
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from workbench import UserError
 from workbench.machine import GIB
 
-from .arguments import Arguments, check_engine_arg_names
+from .arguments import Arguments, check_engine_args
 from .prompts import Record
 from .records import PartialFile, answer_row, failure_row
 
@@ -256,20 +258,34 @@ def skip_other_models(architectures: list[str]) -> None:
         os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(sorted(modules.keys() - needed)))
 
 
+def _choices(hint: object) -> list | None:
+    """The values that SGLang's own command line allows, from the annotation of an argument."""
+    return next(filter(None, (getattr(extra, "choices", None) for extra in typing.get_args(hint)[1:])), None)
+
+
 def start(chosen: Choices, device: str, architectures: list[str]):
     """(engine, load_s, compile_s). Raises UserError for an engine argument that does not exist."""
     skip_other_models(architectures)
-    import dataclasses
-
     from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ServerArgs
 
+    load_plugins()  # they extend what ServerArgs accepts
     overridden = {name: value for name, (value, reason) in chosen.items() if reason == "--engine_args"}
-    check_engine_arg_names(overridden, {entry.name for entry in dataclasses.fields(ServerArgs)})
+    if overridden:
+        hints = typing.get_type_hints(ServerArgs, include_extras=True)
+        check_engine_args(overridden, {name: _choices(hint) for name, hint in hints.items()})
     began, watch = time.monotonic(), CompileWatch()
     if device == "cuda":
         watch.start()
-    engine = Engine(**{name: value for name, (value, _) in chosen.items()})
+    try:
+        arguments = ServerArgs(**{"log_level": "error"} | {name: value for name, (value, _) in chosen.items()})
+        arguments.check_server_args()
+    except (ValueError, TypeError, AssertionError, KeyError) as error:
+        if not overridden:
+            raise
+        raise UserError(f"--engine_args: SGLang refuses them: {str(error).strip().splitlines()[-1]}") from error
+    engine = Engine(server_args=arguments)
     if device == "cuda":
         # The first requests compile what is still missing; nothing of them stays in the cache.
         engine.generate(input_ids=[[1, 2, 3, 4]] * 2, sampling_params={"max_new_tokens": 4})

@@ -238,9 +238,7 @@ def look_at_model(args: Arguments, found: dict) -> str:
         config=config,
     )
     found["revision"] = revision
-    found["weights_id"] = revision or fingerprint(
-        [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    )
+    found["weights_id"] = revision or weights_fingerprint(folder)
     return text
 
 
@@ -253,6 +251,20 @@ def fingerprint(paths: list[Path]) -> str:
         with path.open("rb") as file:
             digest.update(file.read() if small else file.read(2**20))
     return digest.hexdigest()[:32]
+
+
+def weights_fingerprint(folder: Path) -> str:
+    return fingerprint([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+
+
+def local_inputs(args: Arguments) -> dict:
+    """Hashes of what this command reads from local files, named as in summary.json's settings."""
+    found = {}
+    if Path(args.prompts).is_file():
+        found["prompts_sha256"] = hashlib.sha256(Path(args.prompts).read_bytes()).hexdigest()
+    if (Path(args.model_path) / "config.json").exists():
+        found["weights_id"] = weights_fingerprint(Path(args.model_path))
+    return found
 
 
 def projection_shapes(config: dict) -> dict[str, tuple[int, int]]:

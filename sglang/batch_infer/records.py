@@ -33,8 +33,12 @@ def stored_identity(folder: Path) -> dict | None:
     return None
 
 
+def stored_summary(folder: Path) -> dict:
+    return json.loads((folder / SUMMARY).read_text())
+
+
 def _from_summary(path: Path) -> dict:
-    return json.loads(path.read_text())["settings"]["identity"]
+    return stored_summary(path.parent)["settings"]["identity"]
 
 
 def _from_partial(path: Path) -> dict | None:
@@ -60,9 +64,25 @@ def check_owner(folder: Path, identity: dict) -> None:
         )
 
 
+def check_inputs(folder: Path, here: dict[str, str]) -> None:
+    """Raises UserError if a local file that the finished run read has changed since."""
+    stored = stored_summary(folder)["settings"]
+    for name, value in here.items():
+        if stored.get(name) != value:
+            raise UserError(
+                f"{folder} holds this run, finished, but {name} changed since; name another --output_file, or "
+                "--overwrite starts anew"
+            )
+
+
 def finished(folder: Path) -> bool:
     """Whether every record of the folder's run has succeeded."""
     return (folder / SUMMARY).exists() and not (folder / PARTIAL).exists()
+
+
+def count_rows(partial: Path) -> int:
+    """Records that the partial file holds, finished or failed."""
+    return max(0, partial.read_bytes().count(b"\n") - 1) if partial.exists() else 0
 
 
 def clear(output_file: Path) -> None:

@@ -84,10 +84,8 @@ def roofline_s(lengths: list[tuple[int, int]], model: Model, machine: Machine) -
     return seconds / machine.gpus
 
 
-def measures(
-    summary: dict, rows: dict[int, dict], todo: list[Record], times: dict, machine: Machine, model: Model
-) -> dict:
-    """Times and rates of this start; the counts in `summary` are over all starts of the run."""
+def measures(rows: dict[int, dict], todo: list[Record], times: dict, machine: Machine, model: Model) -> dict:
+    """Times and rates of this start (the counts of summary.json are over all starts of the run)."""
     fresh = [rows[record.index] for record in todo if "output" in rows.get(record.index, {})]
     tokens = sum(row["output_tokens"] for row in fresh)
     least_s = roofline_s([(row["prompt_tokens"], row["output_tokens"]) for row in fresh], model, machine)
