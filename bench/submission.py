@@ -56,7 +56,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(model.folder)
     prompts.prepare(todo, args, tokenizer, runtime.context_tokens(args, model), {None: found["weights_id"]})
     chosen = runtime.choose(args, machine, model, todo)
-    engine, _, _ = runtime.start(chosen, args.device, model.config["architectures"])
+    engine, _, _ = runtime.start(args, chosen, model.config["architectures"], todo[:2])
 
     def list_call() -> float:
         began = time.monotonic()

@@ -166,7 +166,7 @@ def generate(
     args: Arguments, chosen: dict, architectures: list, todo: list, total: int, partial, times: dict
 ) -> int:
     """Starts the engine and answers `todo`; fills `times`. Returns 0, or 75 after a stop signal."""
-    engine, times["load_s"], times["compile_s"] = runtime.start(chosen, args.device, architectures)
+    engine, times["load_s"], times["compile_s"] = runtime.start(args, chosen, architectures, todo[:2])
     loop, stopped = engine.loop, asyncio.Event()
     # SGLang installs its own handlers with its first request; ours must come later.
     loop.run_until_complete(_create_handlers(engine))

@@ -218,7 +218,7 @@ def serve_line(args: Arguments, chosen: Choices) -> str:
 
 class CompileWatch(threading.Thread):
     """Adds up the seconds in which a compiler runs below this process: FlashInfer and SGLang compile kernels
-    when they first need them, on a new machine for 1 to 3 minutes, without a word."""
+    when they first need them, on a new machine for 1 to 4 minutes, without a word."""
 
     COMPILERS = ("nvcc", "cicc", "ptxas", "cc1plus", "ninja")
 
@@ -238,7 +238,7 @@ class CompileWatch(threading.Thread):
                     names.add(child.name())
             if names & set(self.COMPILERS):
                 if not self.compile_s:
-                    print("compiling GPU kernels (first run on this machine: 1 to 3 minutes)", flush=True)
+                    print("compiling GPU kernels (first run on this machine: 1 to 4 minutes)", flush=True)
                 self.compile_s += now - last
             last = now
 
@@ -263,8 +263,9 @@ def _choices(hint: object) -> list | None:
     return next(filter(None, (getattr(extra, "choices", None) for extra in typing.get_args(hint)[1:])), None)
 
 
-def start(chosen: Choices, device: str, architectures: list[str]):
-    """(engine, load_s, compile_s). Raises UserError for an engine argument that does not exist."""
+def start(args: Arguments, chosen: Choices, architectures: list[str], sample: list[Record]):
+    """(engine, load_s, compile_s). `sample`: some of the records, to warm up with on a GPU. Raises UserError
+    for an engine argument that does not exist."""
     skip_other_models(architectures)
     from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.plugins import load_plugins
@@ -276,7 +277,7 @@ def start(chosen: Choices, device: str, architectures: list[str]):
         hints = typing.get_type_hints(ServerArgs, include_extras=True)
         check_engine_args(overridden, {name: _choices(hint) for name, hint in hints.items()})
     began, watch = time.monotonic(), CompileWatch()
-    if device == "cuda":
+    if args.device == "cuda":
         watch.start()
     try:
         arguments = ServerArgs(**{"log_level": "error"} | {name: value for name, (value, _) in chosen.items()})
@@ -286,9 +287,12 @@ def start(chosen: Choices, device: str, architectures: list[str]):
             raise
         raise UserError(f"--engine_args: SGLang refuses them: {str(error).strip().splitlines()[-1]}") from error
     engine = Engine(server_args=arguments)
-    if device == "cuda":
-        # The first requests compile what is still missing; nothing of them stays in the cache.
-        engine.generate(input_ids=[[1, 2, 3, 4]] * 2, sampling_params={"max_new_tokens": 4})
+    if args.device == "cuda":
+        # Compiles what is still missing: prefill, decode and sampling as this run uses them, then (the second
+        # time) prefill behind a cached prefix. Nothing of it stays in the cache.
+        for _ in range(2):
+            params = [record.sampling_params(args) | {"max_new_tokens": 4} for record in sample]
+            engine.generate(input_ids=[record.input_ids for record in sample], sampling_params=params)
         engine.flush_cache()
     compile_s = watch.stop()
     return engine, time.monotonic() - began - compile_s, compile_s
