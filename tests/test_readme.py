@@ -5,6 +5,7 @@ import re
 from dataclasses import fields
 
 from harness import ROOT
+from batch_infer.arguments import Arguments as Inference
 from lora_sft.arguments import CHANGED_FLAGS, Arguments
 
 README = (ROOT / "README.md").read_text()
@@ -19,15 +20,17 @@ def test_make_targets_exist():
 
 
 def test_flags_exist():
-    ours = {entry.name for entry in fields(Arguments)} | {"adapter"}
-    slurm = {"gres", "mem", "time", "signal"}
+    ours = {entry.name for entry in (*fields(Arguments), *fields(Inference))} | {"adapter"}
+    slurm = {"gres", "mem", "time", "signal", "no", "host"}  # pip's --no-deps, sglang serve's --host
     for name in re.findall(r"--([a-z0-9_]+)", README):
         assert name in ours | slurm | set(CHANGED_FLAGS), name
 
 
 def test_files_exist():
-    for name in re.findall(r"\b((?:deepspeed|rehearsal|tests)/[\w./-]+\.(?:sh|py|json|jsonl|txt))", README):
-        assert (ROOT / name).exists(), name
+    for name in re.findall(
+        r"\b((?:deepspeed|sglang|common|bench|rehearsal|tests)/[\w./-]+\.(?:sh|py|json|jsonl|txt))", README
+    ):
+        assert (ROOT / name).exists() or "/outputs" in name, name
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
 
