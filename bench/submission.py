@@ -56,7 +56,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(model.folder)
     prompts.prepare(todo, args, tokenizer, runtime.context_tokens(args, model), {None: found["weights_id"]})
     chosen = runtime.choose(args, machine, model, todo)
-    engine, _, _ = runtime.start(args, chosen, model.config["architectures"], todo[:2])
+    engine, _, _ = runtime.start(args, chosen, model.config["architectures"], todo)
 
     def list_call() -> float:
         began = time.monotonic()
@@ -68,7 +68,7 @@ def main() -> None:
 
     def one_each() -> float:
         (folder / records.PARTIAL).unlink(missing_ok=True)
-        partial = records.PartialFile(folder, {})
+        partial = records.PartialFile(folder, {}, {})
         began = time.monotonic()
         engine.loop.run_until_complete(
             runtime.answer_all(engine, todo, args, partial, asyncio.Event(), None, lambda rows: None)

@@ -38,22 +38,25 @@ def main(argv: list[str]) -> int:
     try:
         args = parse(argv)
         with claim(args.folder, "--output_file"):
-            if not (args.preflight_only or args.download_only or args.overwrite):
+            if args.overwrite:
+                files.stored_identity(args.folder)  # raises for files that are not this program's
+            elif not (args.preflight_only or args.download_only):
                 files.check_owner(args.folder, args.identity())
                 if files.finished(args.folder):
                     files.check_inputs(args.folder, preflight.local_inputs(args))
                     print(f"{args.folder} holds this run, finished; nothing to do (--overwrite starts anew)")
                     return 0
-            return supervise(lambda: job(args), args.folder)
+            return supervise(lambda: job(args), args.folder, args.overwrite)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def supervise(function: Callable[[], int], folder: Path) -> int:
-    """Runs `function` in a child and returns its exit code. If the child was killed, says what is kept."""
+def supervise(function: Callable[[], int], folder: Path, overwrite: bool) -> int:
+    """Runs `function` in a child and returns its exit code. If the child was killed, says what is kept:
+    75 if this start has gained answers, else 1 (the same command would die again)."""
     partial = folder / files.PARTIAL
-    before = files.count_rows(partial)
+    before = 0 if overwrite else files.count_answers(partial)
     parent, stops = os.getpid(), []
     sys.stdout.flush()
     pid = os.fork()
@@ -71,16 +74,15 @@ def supervise(function: Callable[[], int], folder: Path) -> int:
         os.killpg(pid, signal.SIGKILL)  # what a killed job may have left
     if code >= 0:
         return code
-    kept = files.count_rows(partial) > before
-    where = f"; finished answers are in {partial}" if kept else ""
+    kept = files.count_answers(partial)
+    command = "the same command without --overwrite" if overwrite else "the same command"
+    where = f"{kept} answers are kept; {command} goes on from there"
     if stops:
-        print(f"stopped{where}; the same command goes on from there")
+        print(f"stopped: {where}")
         return STOPPED
     name = signal.Signals(-code).name
-    print(f"error: the engine's process was ended by {name}, see the lines above{where}", file=sys.stderr)
-    if kept:
-        print("The same command goes on from there.", file=sys.stderr)
-    return STOPPED if kept else 1
+    print(f"error: the engine's process was ended by {name}, see the lines above; {where}", file=sys.stderr)
+    return STOPPED if kept > before else 1
 
 
 def _run_child(function: Callable[[], int], folder: Path, parent: int) -> None:
@@ -119,9 +121,6 @@ def job(args: Arguments) -> int:
         print("preflight passed" if args.preflight_only else "model and prompts are in the cache")
         return 0
     os.environ["HF_HUB_OFFLINE"] = "1"  # preflight has fetched everything
-    if args.overwrite:
-        files.clear(Path(args.output_file))
-
     from transformers import AutoTokenizer
 
     records, model = found["records"], found["model"]
@@ -133,7 +132,13 @@ def job(args: Arguments) -> int:
     chosen = runtime.choose(args, machine, model, records)
     chosen["tokenizer_path"] = (tokenizer_folder, "the adapter's" if own_tokenizer else "")
 
-    partial = files.PartialFile(args.folder, args.identity())
+    if args.own_engine_args:
+        runtime.check_overrides(args)
+    if args.overwrite:
+        files.clear(Path(args.output_file))
+    partial = files.PartialFile(args.folder, args.identity(), report.machine_of(args, machine))
+    if len(partial.machines) > 1:
+        print(f"WARNING: begun elsewhere, bytes are no one machine's: {partial.machines}")
     bad = [record for record in records if record.error]
     partial.append([files.failure_row(record, record.error) for record in bad])
     todo = [record for record in records if not record.error and not partial.done(record)]
@@ -147,11 +152,12 @@ def job(args: Arguments) -> int:
             return code
     summary = files.summarise(records, partial.rows)
     if todo or not (args.folder / files.SUMMARY).exists():
-        summary |= report.measures(partial.rows, todo, times, machine, model)
+        gpus = chosen["dp_size"][0] * chosen["tp_size"][0]
+        summary |= report.measures(partial.rows, todo, times, machine, model, gpus)
         summary["wall_s"] = time.monotonic() - began
     else:  # nothing was generated: the times are those of the start before
         summary = files.stored_summary(args.folder) | summary
-    summary["settings"] = report.settings(args, machine, found, chosen) | {"commit": commit()}
+    summary["settings"] = report.settings(args, machine, found, chosen, partial.machines) | {"commit": commit()}
     files.export(Path(args.output_file), records, partial.rows, Path(args.model_path).name)
     report.plot_lengths(args, records, partial.rows)
     files.write_summary(args.folder, summary)
@@ -166,7 +172,7 @@ def generate(
     args: Arguments, chosen: dict, architectures: list, todo: list, total: int, partial, times: dict
 ) -> int:
     """Starts the engine and answers `todo`; fills `times`. Returns 0, or 75 after a stop signal."""
-    engine, times["load_s"], times["compile_s"] = runtime.start(args, chosen, architectures, todo[:2])
+    engine, times["load_s"], times["compile_s"] = runtime.start(args, chosen, architectures, todo)
     loop, stopped = engine.loop, asyncio.Event()
     # SGLang installs its own handlers with its first request; ours must come later.
     loop.run_until_complete(_create_handlers(engine))
@@ -183,7 +189,8 @@ def generate(
         engine.shutdown()
     if stopped.is_set():
         done = sum("error" not in row for row in partial.rows.values())
-        print(f"stopped: {done} of {total} answers are kept; the same command goes on from there")
+        command = "the same command without --overwrite" if args.overwrite else "the same command"
+        print(f"stopped: {done} of {total} answers are kept; {command} goes on from there")
         return STOPPED
     return 0
 

@@ -120,6 +120,25 @@ def test_bytes_that_cannot_match_are_explained(folder):
     assert run(ours, "--against", theirs, "--strict")[0] == 1
 
 
+def test_another_machine_explains_answers_and_nothing_else(folder):
+    ours = folder("a", GOOD[:11], gpu_name="A")
+    assert run(ours, "--against", folder("b", GOOD, gpu_name="B"))[0] == 1
+    other = folder("c", GOOD, gpu_name="B")
+    other.write_text(other.read_text().replace("prompt 10", "prompt eleven"))
+    assert run(folder("d", GOOD), "--against", other)[0] == 1
+
+
+def test_a_lone_file_must_have_the_assignments_rows(folder, tmp_path):
+    path = tmp_path / "outputs.jsonl"
+    path.write_text("")
+    code, text = run(path)
+    assert code == 1
+    assert "0 rows, expected 81" in text
+    path.write_text(folder("a", GOOD).read_text())
+    assert run(path)[0] == 1
+    assert run(path, "--rows", 4)[0] == 0
+
+
 def test_json_for_an_autograder(folder):
     code, text = run(folder("a", GOOD, failures=[0]), "--json")
     report = json.loads(text)

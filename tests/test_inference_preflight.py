@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,8 @@ def test_good_gpus(monkeypatch):
             "NVIDIA H200: NVIDIA driver 570.124.06 is too old for torch .*580",
         ),
         ([V100], {}, "V100-SXM2-16GB, has compute capability 7.0 and SGLang needs 8.0; ask Slurm for an A100"),
-        ([H200 | {"free_gib": 60.0}], {}, "60.0 of 140.4 GiB free on a GPU: another process holds it"),
+        ([H200 | {"free_gib": 60.0}], {}, "GPU 0: 60.0 of 140.4 GiB free, another process holds it"),
+        ([H200, H200 | {"free_gib": 5.0}], {}, "GPU 1: 5.0 of 140.4 GiB free"),
         ([H200], {"args": Arguments(tp_size=2)}, "--tp_size 2 --dp_size 1: 2 GPUs needed, 1 visible"),
     ],
 )
@@ -52,6 +54,69 @@ def test_gpus_that_cannot_be_used(monkeypatch, gpus, options, expected):
     """The CPU is never a fallback: a GPU that torch cannot use stops the run."""
     with pytest.raises(UserError, match=expected):
         look(monkeypatch, gpus, **options)
+
+
+def test_nvml_answers_are_read_without_cuda(monkeypatch):
+    """A fake pynvml with two whole GPUs and a MIG slice of the second."""
+
+    class Nvml:
+        NVMLError = type("NVMLError", (Exception,), {})
+        NVML_CLOCK_MEM, NVML_CLOCK_SM = "mem", "sm"
+        gpus = ("GPU-aaaa1111", "GPU-bbbb2222")
+
+        def __getattr__(self, name):
+            if not name.startswith("nvml"):
+                raise AttributeError(name)
+            return lambda *given: self.answer(name.removeprefix("nvml").removeprefix("Device"), *given)
+
+        def answer(self, question, handle=None, clock=None):
+            mig = str(handle).startswith("MIG-")
+            if mig and question in (
+                "GetCudaComputeCapability",
+                "GetMemoryBusWidth",
+                "GetNumGpuCores",
+                "GetMaxClockInfo",
+            ):
+                raise self.NVMLError("not supported")
+            if not mig and question == "GetDeviceHandleFromMigDeviceHandle":
+                raise self.NVMLError("not a MIG device")
+            memory = type("Memory", (), {"total": 64 * 2**30, "free": 63 * 2**30})
+            return {
+                "Init": None,
+                "GetCount": 2,
+                "GetHandleByIndex": self.gpus[handle] if isinstance(handle, int) else None,
+                "GetHandleByUUID": handle,
+                "GetUUID": handle,
+                "GetDeviceHandleFromMigDeviceHandle": self.gpus[1],
+                "GetName": f"card {handle}",
+                "GetMemoryInfo": memory,
+                "GetCudaComputeCapability": [9, 0],
+                "GetMemoryBusWidth": 6144,
+                "GetMaxClockInfo": {"mem": 3201, "sm": 1980}.get(clock),
+                "GetNumGpuCores": 16896,
+            }[question]
+
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+
+    def names(visible: str | None) -> list[str]:
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        return [gpu["name"] for gpu in preflight.nvml_gpus()]
+
+    both = ["card GPU-aaaa1111", "card GPU-bbbb2222"]
+    assert names("0,1") == both
+    assert names("1,0") == both[::-1]
+    assert names("GPU-bbbb2222") == names("GPU-bbbb") == both[1:]
+    assert names("0,7,1") == both[:1]
+    assert names("") == []
+    assert names("MIG-cccc3333") == ["card MIG-cccc3333"]
+    assert names(None) == both
+    h200 = preflight.nvml_gpus()[0]
+    assert h200["capability"] == (9, 0)
+    assert h200["bandwidth"] == pytest.approx(4.9e12, rel=0.01)
+    assert h200["flops"] == pytest.approx(1.07e15, rel=0.01)
 
 
 def test_the_installed_torch_is_read_without_importing_it():
@@ -153,6 +218,37 @@ def test_adapters_that_cannot_be_served(tmp_path, config, tensors, expected):
         preflight.check_adapter(adapter(tmp_path / "a", config, tensors), CONFIG)
 
 
+def test_an_adapter_that_cannot_be_read(tmp_path):
+    folder = adapter(tmp_path / "a")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be read"):
+        preflight.check_adapter(folder, CONFIG)
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        preflight.check_adapter(folder, CONFIG)
+
+
+def test_a_retrained_adapter_has_another_fingerprint(tmp_path):
+    folder = adapter(tmp_path / "a")
+    args = Arguments(lora_path=str(folder))
+    before = preflight.local_inputs(args)
+    (folder / "adapter_config.json").write_text(
+        (folder / "adapter_config.json").read_text().replace('"r": 2', '"r": 2, "lora_alpha": 64')
+    )
+    assert preflight.local_inputs(args) != before
+
+
+def test_a_model_of_another_kind(run_inference, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"n_head": 12}')
+    (model / "tokenizer.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"")
+    code, text = run_inference("--model_path", model, "--output_file", tmp_path / "o" / "outputs.jsonl").wait()
+    assert code == 2
+    assert "not that of a Llama- or Qwen2-like language model" in text.splitlines()[-1]
+
+
 # --- whole commands -----------------------------------------------------------------------------------
 
 
@@ -187,6 +283,29 @@ def test_bad_input_is_one_line_and_exit_code_2(run_inference, tmp_path, flags, e
     assert len(lines) == 1
     assert expected in lines[0]
     assert "Traceback" not in text
+
+
+def test_a_refused_command_harms_nothing(run_inference, tmp_path):
+    """A typo in --engine_args neither claims the folder nor, with --overwrite, removes a finished run."""
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("Say something.\n")
+    flags = ["--prompts", prompts, "--max_new_tokens", 2, "--output_file", tmp_path / "o" / "outputs.jsonl"]
+    assert run_inference(*flags, "--engine_args", '{"quantisation": "fp8"}').wait()[0] == 2
+    code, text = run_inference(*flags).wait()
+    assert code == 0, text
+    before = sorted(path.name for path in (tmp_path / "o").iterdir())
+    code, text = run_inference(*flags, "--overwrite", "--engine_args", '{"typo_x": 1}').wait()
+    assert code == 2, text
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == before
+
+
+def test_files_of_another_program_are_left_alone(run_inference, tmp_path):
+    (tmp_path / "summary.json").write_text('{"eval_loss_after": 1.0}')
+    for flags in ([], ["--overwrite"]):
+        code, text = run_inference(*flags, "--output_file", tmp_path / "outputs.jsonl").wait()
+        assert code == 2
+        assert "not written by this program, or damaged" in text
+    assert (tmp_path / "summary.json").exists()
 
 
 def test_bad_prompt_file_names_its_line(run_inference, tmp_path):

@@ -116,34 +116,68 @@ def test_fast_profile_sends_no_seed():
 # --- the durable file ---------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 400))
+HEADER = [{"identity": {"seed": 1}}, {"machine": {"gpu_name": "A"}}]
+
+
+@given(st.integers(0, 500))
 def test_partial_file_survives_any_cut(tmp_path_factory, cut):
     folder = tmp_path_factory.mktemp("partial")
-    file = records.PartialFile(folder, {"seed": 1})
+    file = records.PartialFile(folder, {"seed": 1}, {"gpu_name": "A"})
     rows = [{"index": i, "key": f"k{i}", "output": "ü" * i} for i in range(8)]
     for row in rows:
         file.append([row])
     file.close()
     path = folder / records.PARTIAL
+    assert [json.loads(line) for line in path.read_text().splitlines()] == HEADER + rows
     data = path.read_bytes()
     path.write_bytes(data[:cut])
     complete = data[:cut].count(b"\n")
-    again = records.PartialFile(folder, {"seed": 1})
-    assert list(again.rows.values()) == rows[: max(0, complete - 1)]
+    assert records.count_answers(path) == max(0, complete - 2)
+    again = records.PartialFile(folder, {"seed": 1}, {"gpu_name": "A"})
+    assert list(again.rows.values()) == rows[: max(0, complete - 2)]
     again.append(rows[-1:])
     again.close()
-    lines = path.read_text().splitlines()
-    assert json.loads(lines[0]) == {"identity": {"seed": 1}}
-    assert json.loads(lines[-1]) == rows[-1]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == HEADER + rows[: max(0, complete - 2)] + rows[-1:]
+
+
+def test_a_command_without_an_answer_claims_nothing(tmp_path):
+    file = records.PartialFile(tmp_path, {"engine_args": "typo"}, {})
+    file.append([{"index": 0, "key": "", "error": "empty"}])
+    assert not file.path.exists()
+    file.close()  # a finished run of failures only
+    assert records.stored_identity(tmp_path) == {"engine_args": "typo"}
+    assert records.count_answers(file.path) == 0
+
+
+def test_another_machine_is_remembered(tmp_path):
+    for name in ("A", "A", "B"):
+        file = records.PartialFile(tmp_path, {}, {"gpu_name": name})
+        file.append([{"index": 0, "key": "", "output": "x"}])
+        file.close()
+    assert [machine["gpu_name"] for machine in file.machines] == ["A", "B"]
 
 
 def test_only_answers_with_the_same_key_count(tmp_path):
-    file = records.PartialFile(tmp_path, {})
+    file = records.PartialFile(tmp_path, {}, {})
     file.append([{"index": 0, "key": "a", "output": "x"}, {"index": 1, "key": "b", "error": "no"}])
     assert file.done(Record(0, "", key="a"))
     assert not file.done(Record(0, "", key="z"))
     assert not file.done(Record(1, "", key="b"))
     assert not file.done(Record(2, "", key="c"))
+
+
+def test_a_text_that_cannot_be_tokenised_is_one_records_failure():
+    class Picky(Words):
+        def apply_chat_template(self, messages, **options):
+            if "bad" in messages[0]["content"]:
+                raise TypeError("no such text")
+            return super().apply_chat_template(messages, **options)
+
+    found = [Record(0, "good"), Record(1, "bad")]
+    prompts.prepare(found, Arguments(), Picky(), 64, {None: "w"})
+    assert found[0].error is None
+    assert "cannot be tokenised" in found[1].error
 
 
 # --- engine arguments ---------------------------------------------------------------------------------
@@ -174,6 +208,13 @@ def test_small_cards_get_graphs_that_their_pool_can_fill():
         assert pool_gib > 0
         tokens = pool_gib * GIB / QWEN_7B.kv_bytes_per_token
         assert chosen["cuda_graph_max_bs_decode"] <= max(8, tokens / 600 + 8)
+
+
+def test_a_model_that_does_not_fit_is_refused():
+    with pytest.raises(
+        UserError, match=r"15.8 GiB, but the weights take 14.2 .*use a larger GPU, or --tp_size 2"
+    ):
+        values(Arguments(), replace(H200, memory_gib=15.8))
 
 
 def test_conservativeness_keeps_room_for_expected_answers():
@@ -249,6 +290,8 @@ def test_roofline_is_the_sum_over_steps():
         (["--max_new_tokes", "5"], "unknown argument --max_new_tokes; did you mean --max_new_tokens?"),
         (["--mem_fraction_static", "0.9"], "unknown argument --mem_fraction_static.*go into --engine_args"),
         (["--temperature", "-1"], "--temperature -1.0: must be at least 0"),
+        (["--seed", "4294967296"], r"--seed 4294967296: must be below 2\*\*32"),
+        (["--engine_args", '{"context_length": "512"}'], "context_length must be a whole number"),
         (["--top_p", "0"], r"--top_p 0.0: must be in \(0, 1\]"),
         (["--top_k", "0"], "--top_k 0: must be -1"),
         (["--device", "tpu"], "--device tpu: choose cuda or cpu"),
@@ -283,5 +326,8 @@ def test_only_what_changes_answers_is_identity(tmp_path):
     here = parse(["--output_file", str(tmp_path / "a.jsonl"), "--dp_size", "2", "--batch_size", "5"])
     assert here.identity() == parse([]).identity()
     assert parse(["--temperature", "0"]).identity() != here.identity()
+    more_memory = parse(["--engine_args", '{"mem_fraction_static": 0.8}'])
+    assert more_memory.identity() == parse([]).identity()
+    assert parse(["--engine_args", '{"quantization": "fp8"}']).identity() != parse([]).identity()
     one, other = (parse(["--rehearse", "--output_file", str(tmp_path / n / "o.jsonl")]) for n in "ab")
     assert one.identity() == other.identity()

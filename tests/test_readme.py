@@ -4,8 +4,8 @@ import json
 import re
 from dataclasses import fields
 
-from harness import ROOT
 from batch_infer.arguments import Arguments as Inference
+from harness import ROOT
 from lora_sft.arguments import CHANGED_FLAGS, Arguments
 
 README = (ROOT / "README.md").read_text()

@@ -24,6 +24,14 @@ REHEARSAL_DEFAULTS = {
 }
 
 
+# Engine arguments that say how much runs at once, not what is computed: a resumed run may change them.
+RESOURCES_ONLY = {
+    *("mem_fraction_static", "max_running_requests", "max_total_tokens", "schedule_conservativeness"),
+    *("schedule_policy", "cuda_graph_max_bs_decode", "cuda_graph_bs_decode", "dp_size", "log_level"),
+    *("watchdog_timeout", "load_balance_method", "disable_cuda_graph"),
+}
+
+
 @dataclass
 class Arguments:
     """One run. Defaults are the assignment's: Qwen2.5-7B-Instruct on the 805 AlpacaEval instructions."""
@@ -68,6 +76,8 @@ class Arguments:
         other = {"output_file", "batch_size", "max_running_requests", "dp_size", "overwrite"}
         other |= {"preflight_only", "download_only", "rehearse"}
         same = {key: value for key, value in asdict(self).items() if key not in other}
+        changing = {key: value for key, value in self.own_engine_args.items() if key not in RESOURCES_ONLY}
+        same["engine_args"] = json.dumps(changing, sort_keys=True)
         if self.rehearse and Path(self.model_path).parent == self.folder:
             same["model_path"] = TINY_MODEL  # built in each output folder from the same seed
         return same
@@ -139,6 +149,8 @@ def _base_of(adapter: Path) -> str:
         base = json.loads(config.read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--lora_path {adapter}: no adapter_config.json that names the base model") from error
+    if not isinstance(base, str):
+        raise UserError(f"--lora_path {adapter}: adapter_config.json names no base; name it with --model_path")
     if base.startswith("/") and not Path(base).is_dir():
         raise UserError(f"--lora_path {adapter}: its base {base} is not there; name the base with --model_path")
     return base
@@ -177,6 +189,8 @@ def _check(args: Arguments) -> None:
         value = getattr(args, name)
         if not (value >= least and math.isfinite(value)):
             raise UserError(f"--{name} {value}: must be at least {least}")
+    if args.seed >= 2**32:
+        raise UserError(f"--seed {args.seed}: must be below 2**32")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top_p {args.top_p}: must be in (0, 1]")
     if args.top_k < 1 and args.top_k != -1:
@@ -189,6 +203,9 @@ def _check(args: Arguments) -> None:
         raise UserError(f"--engine_args, column {error.colno}: not valid JSON ({error.msg})") from error
     if not isinstance(engine_args, dict):
         raise UserError('--engine_args: expected a JSON object, such as \'{"schedule_policy": "lpm"}\'')
+    for name in ("context_length", "dp_size", "tp_size"):
+        if not isinstance(engine_args.get(name, 1), int):
+            raise UserError(f"--engine_args: {name} must be a whole number")
     args.engine_args = json.dumps(engine_args, sort_keys=True)
 
 

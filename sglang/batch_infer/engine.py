@@ -140,6 +140,11 @@ def _choose_gpu(args: Arguments, machine: Machine, model: Model, records: list[R
     fraction = int(min(0.9, 1 - reserve_gib / machine.memory_gib) * 100) / 100
     pool = (fraction * machine.memory_gib - model.weight_bytes / GIB / args.tp_size) * GIB
     fits = int(pool / (model.kv_bytes_per_token / args.tp_size * (EXPECTED_ANSWER_TOKENS + 64)))
+    if fits < 1:
+        raise UserError(
+            f"{machine.gpu_name}: {machine.memory_gib:.1f} GiB, but the weights take {model.weight_bytes / GIB:.1f} and "
+            f"{reserve_gib:.1f} must stay free; use a larger GPU, or --tp_size {2 * args.tp_size}"
+        )
     graphs = max(8, min(graphs, (fits + 7) // 8 * 8))
     chosen = {
         "attention_backend": ("flashinfer", "the assignment's kernels"),
@@ -202,7 +207,9 @@ def serve_line(args: Arguments, chosen: Choices) -> str:
     for name, (value, _) in chosen.items():
         flag = f"--{name.replace('_', '-')}"
         if name == "lora_paths":
-            words += [flag, *(shlex.quote(f"{Path(path).name}={path}") for path in value)]
+            names = [Path(path).name for path in value]
+            names = names if len(set(names)) == len(names) else [f"adapter{i}" for i in range(len(names))]
+            words += [flag, *(shlex.quote(f"{n}={path}") for n, path in zip(names, value, strict=True))]
         elif name == "disable_cuda_graph":  # has no flag
             words += ["--disable-decode-cuda-graph", "--disable-prefill-cuda-graph"]
         elif value is True:
@@ -263,36 +270,46 @@ def _choices(hint: object) -> list | None:
     return next(filter(None, (getattr(extra, "choices", None) for extra in typing.get_args(hint)[1:])), None)
 
 
-def start(args: Arguments, chosen: Choices, architectures: list[str], sample: list[Record]):
-    """(engine, load_s, compile_s). `sample`: some of the records, to warm up with on a GPU. Raises UserError
-    for an engine argument that does not exist."""
+def check_overrides(args: Arguments) -> None:
+    """Raises UserError for a name or value in --engine_args that SGLang does not have."""
+    from sglang.srt.server_args import ServerArgs
+
+    hints = typing.get_type_hints(ServerArgs, include_extras=True)
+    check_engine_args(args.own_engine_args, {name: _choices(hint) for name, hint in hints.items()})
+
+
+def start(args: Arguments, chosen: Choices, architectures: list[str], records: list[Record]):
+    """(engine, load_s, compile_s). On a GPU it warms up with the first of the records. Raises UserError for
+    --engine_args that SGLang refuses."""
     skip_other_models(architectures)
     from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ServerArgs
 
     load_plugins()  # they extend what ServerArgs accepts
-    overridden = {name: value for name, (value, reason) in chosen.items() if reason == "--engine_args"}
-    if overridden:
-        hints = typing.get_type_hints(ServerArgs, include_extras=True)
-        check_engine_args(overridden, {name: _choices(hint) for name, hint in hints.items()})
     began, watch = time.monotonic(), CompileWatch()
     if args.device == "cuda":
         watch.start()
     try:
         arguments = ServerArgs(**{"log_level": "error"} | {name: value for name, (value, _) in chosen.items()})
-        arguments.check_server_args()
+        engine = Engine(server_args=arguments)
     except (ValueError, TypeError, AssertionError, KeyError) as error:
-        if not overridden:
+        if not args.own_engine_args:
             raise
-        raise UserError(f"--engine_args: SGLang refuses them: {str(error).strip().splitlines()[-1]}") from error
-    engine = Engine(server_args=arguments)
+        last_line = (str(error).strip() or repr(error)).splitlines()[-1]
+        raise UserError(f"--engine_args: SGLang refuses them: {last_line}") from error
     if args.device == "cuda":
         # Compiles what is still missing: prefill, decode and sampling as this run uses them, then (the second
         # time) prefill behind a cached prefix. Nothing of it stays in the cache.
+        sample = [record for record in records if not (record.regex or record.json_schema)][:2]
+        sample *= chosen["dp_size"][0]  # round robin reaches every copy
         for _ in range(2):
-            params = [record.sampling_params(args) | {"max_new_tokens": 4} for record in sample]
-            engine.generate(input_ids=[record.input_ids for record in sample], sampling_params=params)
+            params = [
+                record.sampling_params(args) | {"max_new_tokens": min(4, record.max_new_tokens)}
+                for record in sample
+            ]
+            with contextlib.suppress(ValueError):  # a record that SGLang refuses fails later, alone
+                engine.generate(input_ids=[record.input_ids for record in sample], sampling_params=params)
         engine.flush_cache()
     compile_s = watch.stop()
     return engine, time.monotonic() - began - compile_s, compile_s

@@ -4,6 +4,7 @@ Imports neither torch nor sglang (but for building a rehearsal's model): a missi
 within a second or two.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from workbench import UserError
@@ -86,6 +88,13 @@ def nvml_gpus() -> list[dict]:
         pynvml.nvmlInit()
     except Exception:  # no library or no driver
         return []
+
+    def value(function: Callable, *arguments) -> float:
+        try:
+            return function(*arguments)
+        except pynvml.NVMLError:  # a MIG slice does not tell
+            return 0.0
+
     every = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     handles = every
@@ -101,15 +110,22 @@ def nvml_gpus() -> list[dict]:
                 for key, handle in by_name.items()
                 if key == name or (len(name) > 4 and key.startswith(name))
             ]
+            if name.startswith("MIG-"):
+                match = [pynvml.nvmlDeviceGetHandleByUUID(name)]
             if not match:
                 break
             handles.append(match[0])
     gpus = []
     for handle in handles:
-        capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
-        bus_bytes = pynvml.nvmlDeviceGetMemoryBusWidth(handle) / 8
-        memory_hz = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM) * 1e6
-        core_hz = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM) * 1e6
+        capability = None
+        with contextlib.suppress(pynvml.NVMLError):  # only a MIG slice has a parent
+            parent = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+            capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(parent))
+        if capability is None:
+            capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
+        bus_bytes = value(pynvml.nvmlDeviceGetMemoryBusWidth, handle) / 8
+        memory_hz = value(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_MEM) * 1e6
+        core_hz = value(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_SM) * 1e6
         per_clock, cores = TENSOR_CORES.get(capability, (0, 1))
         gpus.append(
             {
@@ -118,7 +134,7 @@ def nvml_gpus() -> list[dict]:
                 "free_gib": pynvml.nvmlDeviceGetMemoryInfo(handle).free / GIB,
                 "capability": capability,
                 "bandwidth": 2 * bus_bytes * memory_hz,  # two transfers a clock
-                "flops": pynvml.nvmlDeviceGetNumGpuCores(handle) / cores * core_hz * per_clock,
+                "flops": value(pynvml.nvmlDeviceGetNumGpuCores, handle) / cores * core_hz * per_clock,
             }
         )
     return gpus
@@ -150,15 +166,17 @@ def look_at_gpus(args: Arguments, machine: Machine) -> str:
             f"--tp_size {args.tp_size} --dp_size {args.dp_size or 1}: {wanted} GPUs needed, {len(gpus)} visible "
             f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})"
         )
-    smallest = min(gpus, key=lambda gpu: gpu["memory_gib"])
+    used = args.tp_size * (args.dp_size or len(gpus) // args.tp_size)
+    for index, gpu in enumerate(gpus[:used]):
+        if gpu["free_gib"] < 0.9 * gpu["memory_gib"]:
+            raise UserError(
+                f"GPU {index}: {gpu['free_gib']:.1f} of {gpu['memory_gib']:.1f} GiB free, another process holds it "
+                "(nvidia-smi)"
+            )
+    smallest = min(gpus[:used], key=lambda gpu: gpu["memory_gib"])
     machine.gpu_name, machine.gpus = gpus[0]["name"], len(gpus)
     machine.memory_gib, machine.capability = smallest["memory_gib"], gpus[0]["capability"]
     machine.bandwidth, machine.flops = smallest["bandwidth"], smallest["flops"]
-    if smallest["free_gib"] < 0.9 * smallest["memory_gib"]:
-        raise UserError(
-            f"{smallest['free_gib']:.1f} of {smallest['memory_gib']:.1f} GiB free on a GPU: another process holds it "
-            "(nvidia-smi)"
-        )
     return f"{len(gpus)} x {machine.gpu_name}, {machine.memory_gib:.1f} GiB, driver {driver_version()}"
 
 
@@ -218,16 +236,31 @@ def look_at_model(args: Arguments, found: dict) -> str:
         sys.path.append(str(REHEARSAL))
         from tiny_model import build_qwen2
 
-        build_qwen2(folder)
+        temporary = folder.with_name(folder.name + ".tmp")
+        for leftover in (temporary, folder):  # a kill leaves no half-written model behind
+            shutil.rmtree(leftover, ignore_errors=True)
+        build_qwen2(temporary).replace(folder)
     dummy = args.own_engine_args.get("load_format") == "dummy"
     folder, revision, text = find_model(args.model_path, "--model_path", PROGRAM, weights=not dummy)
+    try:
+        found["model"] = _model(folder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder}/config.json: not that of a Llama- or Qwen2-like language model ({error!r})"
+        ) from error
+    found["revision"] = revision
+    found["weights_id"] = revision or weights_fingerprint(folder)
+    return text
+
+
+def _model(folder: Path) -> Model:
     config = json.loads((folder / "config.json").read_text())
     heads = config["num_attention_heads"]
     head_size = config.get("head_dim") or config["hidden_size"] // heads
     kv_heads = config.get("num_key_value_heads", heads)
     linear = config["num_hidden_layers"] * sum(a * b for a, b in projection_shapes(config).values())
     table = config["vocab_size"] * config["hidden_size"]  # input embedding and output projection: one each
-    found["model"] = Model(
+    return Model(
         folder=str(folder),
         context_tokens=config["max_position_embeddings"],
         weight_bytes=2 * (linear + table * (1 if config.get("tie_word_embeddings") else 2)),
@@ -237,19 +270,19 @@ def look_at_model(args: Arguments, found: dict) -> str:
         dual_chunk=bool(config.get("dual_chunk_attention_config")),
         config=config,
     )
-    found["revision"] = revision
-    found["weights_id"] = revision or weights_fingerprint(folder)
-    return text
 
 
 def fingerprint(paths: list[Path]) -> str:
-    """Hash of files: of their content up to 1 GiB in all, else of their sizes and headers."""
+    """Hash of files: of their content up to 1 GiB in all, else of 64 KiB in every 16 MiB."""
     digest = hashlib.sha256()
     small = sum(path.stat().st_size for path in paths) < GIB
     for path in paths:
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
-            digest.update(file.read() if small else file.read(2**20))
+            for start in range(0, size, 2**24):
+                file.seek(start)
+                digest.update(file.read(2**24 if small else 2**16))
     return digest.hexdigest()[:32]
 
 
@@ -264,7 +297,13 @@ def local_inputs(args: Arguments) -> dict:
         found["prompts_sha256"] = hashlib.sha256(Path(args.prompts).read_bytes()).hexdigest()
     if (Path(args.model_path) / "config.json").exists():
         found["weights_id"] = weights_fingerprint(Path(args.model_path))
+    if args.lora_path:
+        found["adapter_id"] = adapter_fingerprint(Path(args.lora_path))
     return found
+
+
+def adapter_fingerprint(folder: Path) -> str:
+    return fingerprint([folder / "adapter_config.json", folder / "adapter_model.safetensors"])
 
 
 def projection_shapes(config: dict) -> dict[str, tuple[int, int]]:
@@ -282,7 +321,14 @@ def projection_shapes(config: dict) -> dict[str, tuple[int, int]]:
 
 def check_adapter(folder: Path, config: dict) -> None:
     """Raises UserError for an adapter that SGLang would refuse late or serve wrongly (DoRA, rsLoRA, other
-    kinds, another base)."""
+    kinds, another base), or that cannot be read."""
+    try:
+        _check_adapter(folder, config)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"adapter {folder}: cannot be read ({error!r})") from error
+
+
+def _check_adapter(folder: Path, config: dict) -> None:
     weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     for path in (weights, settings):
         if not path.exists():
@@ -339,7 +385,7 @@ def look_at_adapters(args: Arguments, found: dict) -> str | None:
         try:
             if record.lora not in hashes:
                 check_adapter(Path(record.lora), config)
-                hashes[record.lora] = fingerprint([Path(record.lora) / "adapter_model.safetensors"])
+                hashes[record.lora] = adapter_fingerprint(Path(record.lora))
         except UserError as error:
             record.error = str(error)
     found["adapters"] = hashes

@@ -57,7 +57,7 @@ def find(args: Arguments) -> tuple[Path, str | None]:
     if path.exists():
         return path, None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     where = {"repo_id": args.prompts, "filename": ALPACA_EVAL, "repo_type": "dataset"}
     try:
@@ -66,6 +66,8 @@ def find(args: Arguments) -> tuple[Path, str | None]:
         except LocalEntryNotFoundError:
             found = Path(hf_hub_download(**where))
     except Exception as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise UserError(f"--prompts {args.prompts}: this data set has no {ALPACA_EVAL}") from error
         raise UserError(explain_hub_error(args.prompts, "dataset", error, "--prompts", PROGRAM)) from error
     return found, found.parent.name
 
@@ -151,6 +153,13 @@ def check_grammar(record: Record) -> str | None:
     return None
 
 
+def _tokenise(instruction: str, tokenizer, raw: bool) -> list[int]:
+    if raw:
+        return tokenizer(instruction)["input_ids"]
+    messages = [{"role": "user", "content": instruction}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
 def prepare(
     records: list[Record], args: Arguments, tokenizer, context_tokens: int, weights: dict[str | None, str]
 ) -> None:
@@ -168,14 +177,11 @@ def prepare(
         record.error = record.error or check_grammar(record)
         if record.error:
             continue
-        if args.raw:
-            record.input_ids = tokenizer(record.instruction)["input_ids"]
-        else:
-            record.input_ids = tokenizer.apply_chat_template(
-                [{"role": "user", "content": record.instruction}],
-                add_generation_prompt=True,
-                return_dict=False,
-            )
+        try:
+            record.input_ids = _tokenise(record.instruction, tokenizer, args.raw)
+        except Exception as error:  # whatever it is, it is this record's
+            record.error = f"cannot be tokenised: {error!r}"[:300]
+            continue
         # SGLang wants prompt + answer below the context length.
         room = context_tokens - len(record.input_ids) - 1
         if room < 1:

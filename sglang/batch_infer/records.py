@@ -28,8 +28,10 @@ def stored_identity(folder: Path) -> dict | None:
         if path.exists():
             try:
                 return read(path)
-            except (ValueError, KeyError, IndexError, OSError) as error:
-                raise UserError(f"{path}: cannot be read ({error}); --overwrite starts anew") from error
+            except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+                raise UserError(
+                    f"{path}: not written by this program, or damaged ({error!r}); name another --output_file"
+                ) from error
     return None
 
 
@@ -64,7 +66,7 @@ def check_owner(folder: Path, identity: dict) -> None:
         )
 
 
-def check_inputs(folder: Path, here: dict[str, str]) -> None:
+def check_inputs(folder: Path, here: dict) -> None:
     """Raises UserError if a local file that the finished run read has changed since."""
     stored = stored_summary(folder)["settings"]
     for name, value in here.items():
@@ -80,9 +82,12 @@ def finished(folder: Path) -> bool:
     return (folder / SUMMARY).exists() and not (folder / PARTIAL).exists()
 
 
-def count_rows(partial: Path) -> int:
-    """Records that the partial file holds, finished or failed."""
-    return max(0, partial.read_bytes().count(b"\n") - 1) if partial.exists() else 0
+def count_answers(partial: Path) -> int:
+    """Records that the partial file holds an answer of."""
+    if not partial.exists():
+        return 0
+    rows = [line for line in partial.read_bytes().split(b"\n")[1:-1] if b'"output": ' in line]
+    return len({json.loads(row)["index"] for row in rows})
 
 
 def clear(output_file: Path) -> None:
@@ -92,18 +97,21 @@ def clear(output_file: Path) -> None:
 
 
 class PartialFile:
-    """The durable file of a running job. `append` may be called from any thread."""
+    """The durable file of a running job. It comes into being with the first answer: a command that never
+    gives one leaves the folder to others. `append` may be called from any thread."""
 
-    def __init__(self, folder: Path, identity: dict) -> None:
+    def __init__(self, folder: Path, identity: dict, machine: dict) -> None:
+        """`machine`: what bytes depend on; each start adds its own if it differs from the last."""
         self.path = folder / PARTIAL
         self.rows: dict[int, dict] = {}  # index -> the row written last
+        self.machines: list[dict] = []
         self._lock = threading.Lock()
-        complete = self._read()
-        self._out = self.path.open("r+b" if self.path.exists() else "wb")
-        self._out.truncate(complete)  # the last line of a killed run may be cut
-        self._out.seek(complete)
-        if complete == 0:
-            self._write([{"identity": identity}])
+        self._complete = self._read()
+        self._out = None
+        self._pending = [{"identity": identity}] if self._complete == 0 else []
+        if self.machines[-1:] != [machine]:
+            self.machines.append(machine)
+            self._pending.append({"machine": machine})
 
     def _read(self) -> int:
         """Reads the rows; returns the number of bytes that are complete lines of JSON."""
@@ -119,6 +127,8 @@ class PartialFile:
                 complete += len(line)
                 if "index" in row:
                     self.rows[row["index"]] = row
+                elif "machine" in row:
+                    self.machines.append(row["machine"])
         return complete
 
     def done(self, record: Record) -> bool:
@@ -129,17 +139,29 @@ class PartialFile:
     def append(self, rows: list[dict]) -> None:
         """Writes rows and waits until they are on disk. Raises OSError when there is no room."""
         with self._lock:
-            self._write(rows)
+            self._pending += rows
+            if self._complete or any("output" in row for row in rows):
+                self._write(self._pending)
+                self._pending = []
             for row in rows:
                 self.rows[row["index"]] = row
 
     def _write(self, rows: list[dict]) -> None:
+        if self._out is None:
+            self._out = self.path.open("r+b" if self.path.exists() else "wb")
+            self._out.truncate(self._complete)  # the last line of a killed run may be cut
+            self._out.seek(self._complete)
         self._out.write("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode())
         self._out.flush()
         os.fsync(self._out.fileno())
+        self._complete = self._out.tell()
 
     def close(self) -> None:
-        self._out.close()
+        """Writes what is pending too: a run of failures only is finished, and keeps their reasons."""
+        if self._pending:
+            self._write(self._pending)
+        if self._out is not None:
+            self._out.close()
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

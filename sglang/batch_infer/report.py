@@ -62,8 +62,8 @@ def progress(total: int, done: int):
         yield on_rows
 
 
-def roofline_s(lengths: list[tuple[int, int]], model: Model, machine: Machine) -> float | None:
-    """Least seconds for these (prompt, answer) token counts with everything in flight, on all visible GPUs.
+def roofline_s(lengths: list[tuple[int, int]], model: Model, machine: Machine, gpus: int = 1) -> float | None:
+    """Least seconds for these (prompt, answer) token counts with everything in flight, on `gpus` GPUs.
 
     A decode step takes at least the larger of its bytes (weights without the gathered input embedding, and
     the KV of every running record) over the memory's peak rate, and 2 FLOPs per weight and running record
@@ -81,14 +81,16 @@ def roofline_s(lengths: list[tuple[int, int]], model: Model, machine: Machine) -
         kv_tokens = prompt_tokens + running * step
         moved = model.streamed_bytes + kv_tokens * model.kv_bytes_per_token
         seconds += max(moved / machine.bandwidth, model.streamed_bytes * running / machine.flops)
-    return seconds / machine.gpus
+    return seconds / gpus
 
 
-def measures(rows: dict[int, dict], todo: list[Record], times: dict, machine: Machine, model: Model) -> dict:
+def measures(
+    rows: dict[int, dict], todo: list[Record], times: dict, machine: Machine, model: Model, gpus: int
+) -> dict:
     """Times and rates of this start (the counts of summary.json are over all starts of the run)."""
     fresh = [rows[record.index] for record in todo if "output" in rows.get(record.index, {})]
     tokens = sum(row["output_tokens"] for row in fresh)
-    least_s = roofline_s([(row["prompt_tokens"], row["output_tokens"]) for row in fresh], model, machine)
+    least_s = roofline_s([(row["prompt_tokens"], row["output_tokens"]) for row in fresh], model, machine, gpus)
     return times | {
         "answered_in_this_start": len(fresh),
         "tokens_per_s": tokens / times["generate_s"] if times["generate_s"] else None,
@@ -96,25 +98,34 @@ def measures(rows: dict[int, dict], todo: list[Record], times: dict, machine: Ma
     }
 
 
-def settings(args: Arguments, machine: Machine, found: dict, chosen: Choices) -> dict:
-    """Everything that an equal run needs to have equal."""
+def machine_of(args: Arguments, machine: Machine) -> dict:
+    """What bytes depend on beside the command: GPU or instruction set, and the lock."""
     import torch
 
     lock = Path(__file__).resolve().parents[2] / "requirements.txt"
     return {
+        "gpu_name": machine.gpu_name,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability() if args.device == "cpu" else None,
+        "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None,
+    }
+
+
+def settings(args: Arguments, machine: Machine, found: dict, chosen: Choices, machines: list[dict]) -> dict:
+    """Everything that an equal run needs to have equal. `machines`: of all starts of this run."""
+    profile = "reproducible" if args.reproducible else "fast"
+    return machine_of(args, machine) | {
         "identity": args.identity(),
-        "profile": "reproducible" if args.reproducible else "fast",
+        "profile": profile if len(machines) < 2 else "mixed",
+        "machines": machines,
         "arguments": vars(args),
         "engine_args": {name: value for name, (value, _) in chosen.items()},
         "environment": environment(args),
-        "gpu_name": machine.gpu_name,
         "gpus": machine.gpus,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability() if args.device == "cpu" else None,
         "versions": versions(PACKAGES),
-        "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None,
         "model_revision": found["revision"],
         "weights_id": found["weights_id"],
         "adapters": found["adapters"],
+        "adapter_id": found["adapters"].get(args.lora_path),
         "prompts_sha256": found["prompts_sha256"],
         "prompts_revision": found["prompts_revision"],
         "seed": args.seed,
@@ -167,7 +178,11 @@ def print_end(args: Arguments, summary: dict, serve_line: str) -> None:
     )
     print(f"cap          {share(summary['cap_hit_share'])} of the answers were cut")
     profile = summary["settings"]["profile"]
-    promise = "the same command gives the same bytes" if profile == "reproducible" else "two runs differ"
+    promise = {
+        "reproducible": "the same command gives the same bytes",
+        "fast": "two runs differ",
+        "mixed": "begun on another machine or lock; start anew for bytes",
+    }[profile]
     print(f"profile      {profile}: {promise}")
     print(f"answers      {args.output_file} (every 10th)")
     print(f"all          {args.folder / ALL}; {SUMMARY}, {LENGTHS} beside it")

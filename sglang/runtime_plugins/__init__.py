@@ -9,6 +9,7 @@ Nothing here is active unless the environment variable RUNTIME_PLUGINS names it,
 """
 
 import importlib.metadata
+import inspect
 import os
 import pkgutil
 from collections.abc import Callable
@@ -21,11 +22,14 @@ def asked_for(name: str) -> bool:
     return name in os.environ.get("RUNTIME_PLUGINS", "").split(",")
 
 
-def check_target(target: str) -> None:
-    """Raises SystemExit if `target`, a dotted path, is not in the installed SGLang: a hook that finds nothing
-    to hook would otherwise only be a line in a log (SGLang logs Exceptions of plugins and goes on)."""
+def check_target(target: str, needs: str = "") -> None:
+    """Raises SystemExit if `target`, a dotted path, is not in the installed SGLang or its source does not
+    contain `needs`: a hook that finds nothing to hook would otherwise only be a line in a log (SGLang logs
+    Exceptions of plugins and goes on)."""
     try:
-        pkgutil.resolve_name(target)
+        found = pkgutil.resolve_name(target)
+        if needs and needs not in inspect.getsource(found):
+            raise AttributeError(f"nothing about {needs!r} in its source")
     except (ImportError, AttributeError) as error:
         found = importlib.metadata.version("sglang")
         raise SystemExit(

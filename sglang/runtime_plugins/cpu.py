@@ -76,7 +76,7 @@ def unpin_memory() -> None:
     import torch
 
     for name in ("sglang.srt.lora.layers", "sglang.srt.lora.backend.torch_backend"):
-        check_target(f"{name}.torch")
+        check_target(name, needs="pin_memory=True")
         __import__("sys").modules[name].torch = _Unpinned()
     torch.Tensor.pin_memory = lambda self, *args, **options: self
 
@@ -139,7 +139,8 @@ def hash_seeds_with_torch() -> None:
 
 
 def keep_stock_operators() -> None:
-    """batch_invariant_ops, enable_batch_invariant_mode, replaces matmul and others by Triton kernels."""
+    """batch_invariant_ops/batch_invariant_ops.py, enable_batch_invariant_mode, replaces matmul and others by
+    Triton kernels."""
     target = "sglang.srt.batch_invariant_ops.batch_invariant_ops.enable_batch_invariant_mode"
     hook(target, lambda *args, **options: None, "REPLACE")
 
@@ -149,6 +150,9 @@ def keep_gpu_communicators_off() -> None:
     gloo does the work then."""
     import inspect
 
+    target = "sglang.srt.distributed.parallel_state.GroupCoordinator.__init__"
+    check_target(target, needs="use_pynccl")
+
     def initialise(original, *args, **options):
         bound = inspect.signature(original).bind(*args, **options)
         for name in bound.signature.parameters:
@@ -156,7 +160,7 @@ def keep_gpu_communicators_off() -> None:
                 bound.arguments[name] = False
         return original(*bound.args, **bound.kwargs)
 
-    hook("sglang.srt.distributed.parallel_state.GroupCoordinator.__init__", initialise, "AROUND")
+    hook(target, initialise, "AROUND")
 
 
 # --- constant shapes ----------------------------------------------------------------------------------
