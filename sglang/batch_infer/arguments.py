@@ -28,7 +28,7 @@ REHEARSAL_DEFAULTS = {
 RESOURCES_ONLY = {
     *("mem_fraction_static", "max_running_requests", "max_total_tokens", "schedule_conservativeness"),
     *("schedule_policy", "cuda_graph_max_bs_decode", "cuda_graph_bs_decode", "dp_size", "log_level"),
-    *("watchdog_timeout", "load_balance_method", "disable_cuda_graph"),
+    *("watchdog_timeout", "load_balance_method", "cuda_graph_backend_prefill"),
 }
 
 

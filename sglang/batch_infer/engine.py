@@ -124,7 +124,8 @@ def _choose_cpu(args: Arguments, model: Model, context: int) -> Choices:
         "max_running_requests": (running, "a block of 16 rows is computed at once"),
         "max_total_tokens": (pool, "KV pool: two contexts and 1,024 tokens for each running request"),
         "mem_fraction_static": (0.3, "of host memory, at most"),
-        "disable_cuda_graph": (True, "no GPU"),
+        "cuda_graph_backend_decode": ("disabled", "no GPU"),
+        "cuda_graph_backend_prefill": ("disabled", "no GPU"),
     }
 
 
@@ -210,8 +211,6 @@ def serve_line(args: Arguments, chosen: Choices) -> str:
             names = [Path(path).name for path in value]
             names = names if len(set(names)) == len(names) else [f"adapter{i}" for i in range(len(names))]
             words += [flag, *(shlex.quote(f"{n}={path}") for n, path in zip(names, value, strict=True))]
-        elif name == "disable_cuda_graph":  # has no flag
-            words += ["--disable-decode-cuda-graph", "--disable-prefill-cuda-graph"]
         elif value is True:
             words.append(flag)
         elif value is not False and value is not None:
