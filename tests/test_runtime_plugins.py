@@ -10,9 +10,6 @@ import pytest
 from harness import ROOT, fork
 from runtime_plugins import check_target, cpu, deterministic_radix
 
-SGLANG = Path(importlib.util.find_spec("sglang").origin).parent
-
-
 def in_child(function, tmp_path) -> str:
     """torch computes and SGLang is patched in children only (harness.py)."""
 
@@ -76,10 +73,11 @@ def test_a_hook_without_its_target_is_loud(runtime):
 
 
 def test_every_hook_names_the_line_it_answers():
+    sglang = Path(importlib.util.find_spec("sglang").origin).parent
     for name, function in vars(cpu).items():
         if name.startswith(("allow_", "unpin_", "mask_", "hash_", "keep_", "compute_")):
             for path in re.findall(r"[\w/]+\.py", function.__doc__):
-                assert any((root / path).exists() for root in (SGLANG / "srt", SGLANG.parent)), path
+                assert any((root / path).exists() for root in (sglang / "srt", sglang.parent)), path
             assert ".py" in function.__doc__, name
 
 
