@@ -10,6 +10,7 @@ import pytest
 from harness import ROOT, fork
 from runtime_plugins import check_target, cpu, deterministic_radix
 
+
 def in_child(function, tmp_path) -> str:
     """torch computes and SGLang is patched in children only (harness.py)."""
 
