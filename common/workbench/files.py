@@ -61,6 +61,17 @@ def claim(folder: Path, flag: str):
         yield
 
 
+def check_identity(where: str, stored: dict, here: dict, cure: str) -> None:
+    """Raises UserError, with the flags that differ, unless the run stored `where` is of this command."""
+    different = [
+        f"--{key} {stored.get(key)} there, {here.get(key)} here"
+        for key in sorted(stored.keys() | here.keys())
+        if stored.get(key) != here.get(key)
+    ]
+    if different:
+        raise UserError(f"{where} holds another run ({'; '.join(different)}); {cure}")
+
+
 def disk_full(error: BaseException, folder: Path) -> bool:
     """Whether `error`, or what caused it, comes from a full disk or quota. torch.save and safetensors wrap
     the operating system's error in their own, so the free space is looked at too."""

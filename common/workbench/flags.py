@@ -2,8 +2,29 @@
 
 import argparse
 import difflib
+from dataclasses import fields
 
 from . import UserError
+
+
+def read_flags(
+    argv: list[str], arguments: type, texts: dict[str, str], changed: dict[str, str], **parser_options
+) -> dict:
+    """The flags that were given, by name. There is one for each field of the dataclass `arguments`, with its
+    help from `texts`; `changed` maps the starter's flags to what to use now. Raises UserError with one line;
+    -h exits 0."""
+    parser = Parser(allow_abbrev=False, **parser_options)
+    for entry in fields(arguments):
+        options = {"help": f"{texts[entry.name]} (default: {entry.default})", "default": None}
+        if entry.type is bool:
+            options |= {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+        else:
+            options |= {"type": entry.type, "metavar": entry.type.__name__}
+        parser.add_argument(f"--{entry.name}", **options)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(unknown_flag(unknown[0], [entry.name for entry in fields(arguments)], changed))
+    return {key: value for key, value in vars(known).items() if value is not None}
 
 
 class Parser(argparse.ArgumentParser):

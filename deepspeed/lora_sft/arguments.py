@@ -4,10 +4,10 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from workbench.flags import Parser, boolean, unknown_flag
+from workbench.flags import read_flags
 
 from . import UserError
 
@@ -149,23 +149,14 @@ HELP = {
 
 def parse(argv: list[str]) -> Arguments:
     """Reads flags. Paths are relative to the caller's folder. Raises UserError with one line; -h exits 0."""
-    parser = Parser(
+    given = read_flags(
+        argv,
+        Arguments,
+        HELP,
+        CHANGED_FLAGS,
         prog="run_llama2_7b_lora.sh",
         description="Fine-tunes Llama-2-7B with LoRA under DeepSpeed ZeRO-3.",
-        allow_abbrev=False,
     )
-    for entry in fields(Arguments):
-        options = {"help": f"{HELP[entry.name]} (default: {entry.default})", "default": None}
-        if entry.type is bool:
-            options |= {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
-        else:
-            options |= {"type": entry.type, "metavar": entry.type.__name__}
-        parser.add_argument(f"--{entry.name}", **options)
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        names = [entry.name for entry in fields(Arguments)]
-        raise UserError(unknown_flag(unknown[0], names, CHANGED_FLAGS))
-    given = {key: value for key, value in vars(known).items() if value is not None}
     if given.get("rehearse"):
         given = REHEARSAL_DEFAULTS | given
         stamp = time.strftime("%Y%m%d-%H%M%S")

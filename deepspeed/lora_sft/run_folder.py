@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from workbench.files import write_json
+from workbench.files import check_identity, write_json
 
 from . import UserError
 
@@ -54,16 +54,8 @@ def check_owner(folder: Path, identity: dict) -> None:
         stored = json.loads(stored_path.read_text())["identity"]
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"{stored_path}: cannot be read ({error}); --overwrite starts anew") from error
-    different = [
-        f"--{key} {stored.get(key)} there, {identity.get(key)} here"
-        for key in sorted(stored.keys() | identity.keys())
-        if stored.get(key) != identity.get(key)
-    ]
-    if different:
-        raise UserError(
-            f"--output_dir {folder} holds another run ({'; '.join(different)}); "
-            "name another folder, or --overwrite starts anew"
-        )
+    cure = "name another folder, or --overwrite starts anew"
+    check_identity(f"--output_dir {folder}", stored, identity, cure)
 
 
 def check_same_inputs(folder: Path, plan: dict) -> None:

@@ -4,11 +4,11 @@ import difflib
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from workbench import UserError
-from workbench.flags import Parser, boolean, unknown_flag
+from workbench.flags import read_flags
 
 FOLDER = Path(__file__).resolve().parent.parent  # sglang/
 REHEARSAL = FOLDER.parent / "rehearsal"
@@ -110,25 +110,15 @@ HELP = {
 
 def parse(argv: list[str]) -> Arguments:
     """Reads flags. Paths are relative to the caller's folder. Raises UserError with one line; -h exits 0."""
-    parser = Parser(
+    given = read_flags(
+        argv,
+        Arguments,
+        HELP,
+        {},
         prog="run_sglang.py",
         description="Answers a list of prompts with the SGLang Runtime, every record in flight together.",
-        allow_abbrev=False,
+        epilog="Arguments of sglang.Engine itself go into --engine_args.",
     )
-    for entry in fields(Arguments):
-        options = {"help": f"{HELP[entry.name]} (default: {entry.default})", "default": None}
-        if entry.type is bool:
-            options |= {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
-        else:
-            options |= {"type": entry.type, "metavar": entry.type.__name__}
-        parser.add_argument(f"--{entry.name}", **options)
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        names = [entry.name for entry in fields(Arguments)]
-        raise UserError(
-            unknown_flag(unknown[0], names, {}) + "; sglang.Engine's own arguments go into --engine_args"
-        )
-    given = {key: value for key, value in vars(known).items() if value is not None}
     if given.get("rehearse"):
         stamp = time.strftime("%Y%m%d-%H%M%S")
         given = REHEARSAL_DEFAULTS | given

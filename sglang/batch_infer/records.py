@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from workbench import UserError
-from workbench.files import write_json
+from workbench.files import check_identity, write_json
 
 from .prompts import Record
 
@@ -52,18 +52,9 @@ def _from_partial(path: Path) -> dict | None:
 def check_owner(folder: Path, identity: dict) -> None:
     """Raises UserError if the folder holds a run of another command."""
     stored = stored_identity(folder)
-    if stored is None:
-        return
-    different = [
-        f"--{key} {stored.get(key)} there, {identity.get(key)} here"
-        for key in sorted(stored.keys() | identity.keys())
-        if stored.get(key) != identity.get(key)
-    ]
-    if different:
-        raise UserError(
-            f"{folder} holds another run ({'; '.join(different)}); name another --output_file, or --overwrite "
-            "starts anew"
-        )
+    if stored is not None:
+        cure = "name another --output_file, or --overwrite starts anew"
+        check_identity(str(folder), stored, identity, cure)
 
 
 def check_inputs(folder: Path, here: dict) -> None:
