@@ -17,7 +17,7 @@ VARIANTS = {
     "1 running": {"max_running_requests": 1},
     "4 running, no prefix cache": {"max_running_requests": 4, "disable_radix_cache": True},
     "chunked prefill": {"max_running_requests": 16, "chunked_prefill_size": 24},
-    "a pool so small that records are retracted": {"max_running_requests": 16, "max_total_tokens": 1100},
+    "a pool too small for all of them": {"max_running_requests": 16, "max_total_tokens": 1100},
 }
 
 
