@@ -16,7 +16,7 @@ from workbench import UserError
 from workbench.machine import GIB
 
 QWEN_7B = Model("qwen", 32768, 15_230_000_000, 14_140_000_000, 57_344, 152_064)
-H200 = Machine("cuda", "NVIDIA H200", 1, 140.4, (9, 0), 4.8e12, 9.9e14)
+H200 = Machine("cuda", "NVIDIA H200", 1, 140.4, 4.8e12, 9.9e14)
 
 
 def write(tmp_path: Path, name: str, text: str) -> Path:

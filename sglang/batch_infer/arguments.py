@@ -164,7 +164,7 @@ def _check(args: Arguments) -> None:
             name == "lora_path"
             or value.startswith(("/", ".", "~"))
             or value.count("/") > 1
-            or ("." in Path(value).suffix[:1] and name == "prompts")
+            or (name == "prompts" and value.endswith((".json", ".jsonl", ".txt")))
         ):
             raise UserError(f"--{name} {value}: no such file or folder")
     for name, least in {

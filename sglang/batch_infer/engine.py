@@ -30,13 +30,12 @@ DETERMINISTIC_RUNNING = 256  # its seeded sampler needs fp64 copies of all logit
 
 @dataclass
 class Machine:
-    """What preflight found. On the CPU gpu_name is None and the sizes are host memory."""
+    """What preflight found. On the CPU only `device` is set."""
 
     device: str
     gpu_name: str | None = None
     gpus: int = 0
     memory_gib: float = 0.0
-    capability: tuple[int, int] | None = None
     bandwidth: float = 0.0  # bytes/s, from the memory's clock and bus width
     flops: float = 0.0  # dense fp16/bf16 tensor FLOP/s, from cores and clock
 

@@ -175,7 +175,7 @@ def look_at_gpus(args: Arguments, machine: Machine) -> str:
             )
     smallest = min(gpus[:used], key=lambda gpu: gpu["memory_gib"])
     machine.gpu_name, machine.gpus = gpus[0]["name"], len(gpus)
-    machine.memory_gib, machine.capability = smallest["memory_gib"], gpus[0]["capability"]
+    machine.memory_gib = smallest["memory_gib"]
     machine.bandwidth, machine.flops = smallest["bandwidth"], smallest["flops"]
     return f"{len(gpus)} x {machine.gpu_name}, {machine.memory_gib:.1f} GiB, driver {driver_version()}"
 
