@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
 from batch_infer import engine as runtime
 from batch_infer import preflight, prompts, records
 from batch_infer.arguments import REHEARSAL, parse
+from batch_infer.planner import Plan
 from workbench.files import commit, write_json
 
 RESULT = Path(__file__).resolve().parent / "results" / "submission.json"
@@ -58,6 +59,8 @@ def main() -> None:
     chosen = runtime.choose(args, machine, model, todo)
     engine, _, _ = runtime.start(args, chosen, model.config["architectures"], todo)
 
+    plans = [(todo, Plan.as_given(len(todo)))]
+
     def list_call() -> float:
         began = time.monotonic()
         engine.generate(
@@ -71,7 +74,7 @@ def main() -> None:
         partial = records.PartialFile(folder, {}, {})
         began = time.monotonic()
         engine.loop.run_until_complete(
-            runtime.answer_all(engine, todo, args, partial, asyncio.Event(), None, lambda rows: None)
+            runtime.answer_all(engine, plans, args, partial, asyncio.Event(), None, lambda rows: None)
         )
         took = time.monotonic() - began
         partial.close()

@@ -180,10 +180,12 @@ def generate(
         loop.add_signal_handler(number, stopped.set)
     loop.add_signal_handler(signal.SIGQUIT, runtime.end_at_once)
     limit = runtime.WAITING_FOR_LPM if chosen["schedule_policy"][0] == "lpm" else None
+    pool_tokens = engine.get_server_info()["max_total_num_tokens"]
     began = time.monotonic()
+    plans = runtime.plan(args, todo, chosen["dp_size"][0], pool_tokens)
     try:
         with report.progress(total, total - len(todo)) as on_rows:
-            loop.run_until_complete(runtime.answer_all(engine, todo, args, partial, stopped, limit, on_rows))
+            loop.run_until_complete(runtime.answer_all(engine, plans, args, partial, stopped, limit, on_rows))
         times["generate_s"] = time.monotonic() - began
     finally:
         engine.shutdown()

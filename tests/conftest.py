@@ -114,15 +114,6 @@ def runtime():
     return run_sglang
 
 
-def fork_engine_processes() -> None:
-    """SGLang spawns its processes, each with 15 s of imports; forked ones share ours. Call it in a forked
-    child. test_inference.py runs the program as it is, too."""
-    from sglang.srt.entrypoints import engine
-
-    set_start_method = engine.mp.set_start_method
-    engine.mp.set_start_method = lambda method, force: set_start_method("fork", force=True)
-
-
 @pytest.fixture(scope="session")
 def run_inference(runtime, tiny_qwen2, tmp_path_factory):
     """run_inference(*flags, patch=None) -> Process: sglang/run_sglang.py --rehearse with these flags."""
@@ -131,7 +122,7 @@ def run_inference(runtime, tiny_qwen2, tmp_path_factory):
 
     def run(*flags, patch: Callable[[], None] | None = None) -> Process:
         def program() -> int:
-            fork_engine_processes()
+            runtime.runtime.fork_engine_processes()
             if patch:
                 patch()
             words = [str(flag) for flag in flags]

@@ -4,7 +4,6 @@ import hashlib
 import json
 
 import pytest
-from conftest import fork_engine_processes
 
 from harness import ROOT, fork
 
@@ -30,6 +29,8 @@ def logits_of(
         import os
 
         os.environ["RUNTIME_PLUGINS_ROW_BLOCKS"] = "1" if row_blocks else "0"
+        from batch_infer.engine import fork_engine_processes
+
         fork_engine_processes()
         from sglang.srt.entrypoints.engine import Engine
         from sglang.srt.layers.sampler import Sampler

@@ -24,6 +24,8 @@ REHEARSAL_DEFAULTS = {
 }
 
 
+POLICIES = ("planned", "fcfs", "lpm", "dfs-weight")
+
 # Engine arguments that say how much runs at once, not what is computed: a resumed run may change them.
 RESOURCES_ONLY = {
     *("mem_fraction_static", "max_running_requests", "max_total_tokens", "schedule_conservativeness"),
@@ -47,6 +49,7 @@ class Arguments:
     seed: int = 42
     raw: bool = False
     fast: bool = False
+    policy: str = "planned"
     batch_size: int = 0
     max_running_requests: int = 0
     tp_size: int = 1
@@ -73,7 +76,7 @@ class Arguments:
 
     def identity(self) -> dict:
         """What makes two commands the same run: every flag that changes the answers."""
-        other = {"output_file", "batch_size", "max_running_requests", "dp_size", "overwrite"}
+        other = {"output_file", "policy", "batch_size", "max_running_requests", "dp_size", "overwrite"}
         other |= {"preflight_only", "download_only", "rehearse"}
         same = {key: value for key, value in asdict(self).items() if key not in other}
         changing = {key: value for key, value in self.own_engine_args.items() if key not in RESOURCES_ONLY}
@@ -95,6 +98,8 @@ HELP = {
     "seed": "every record's own seed is derived from it, the record's index and its prompt",
     "raw": "no chat template: the prompt's text as it is",
     "fast": "without SGLang's deterministic mode: faster, two runs differ",
+    "policy": f"order of the records, one of {', '.join(POLICIES)}; planned: depth-first by shared prefix, each prefix "
+    "computed once; the others are SGLang's own",
     "batch_size": "records in flight at once (0: all of them)",
     "max_running_requests": "requests the scheduler runs at once (0: chosen from the GPU)",
     "tp_size": "GPUs that share one copy of the model",
@@ -185,6 +190,8 @@ def _check(args: Arguments) -> None:
         raise UserError(f"--top_p {args.top_p}: must be in (0, 1]")
     if args.top_k < 1 and args.top_k != -1:
         raise UserError(f"--top_k {args.top_k}: must be -1 (off) or at least 1")
+    if args.policy not in POLICIES:
+        raise UserError(f"--policy {args.policy}: choose {', '.join(POLICIES)}")
     if args.device not in ("cuda", "cpu"):
         raise UserError(f"--device {args.device}: choose cuda or cpu")
     try:

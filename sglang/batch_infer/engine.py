@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -17,7 +18,9 @@ from pathlib import Path
 from workbench import UserError
 from workbench.machine import GIB
 
+from . import planner
 from .arguments import Arguments, check_engine_args
+from .planner import Plan
 from .prompts import Record
 from .records import PartialFile, answer_row, failure_row
 
@@ -25,6 +28,10 @@ EXPECTED_ANSWER_TOKENS = 600  # AlpacaEval's reference answers: 543 tokens on av
 CLIP_TOKENS = 4096  # SGLang's own clip of what a request may still need (managers/schedule_policy.py)
 INITIAL_RATIO = 0.7  # SGLANG_INIT_NEW_TOKEN_RATIO
 WAITING_FOR_LPM = 128  # above this many waiting requests lpm silently becomes fcfs (schedule_policy.py)
+# Ordering records pays from this share of prompt tokens on that lies in shared prefixes of as many tokens as
+# SGLang's own in-batch rule needs (schedule_policy.py). A chat template's header is shorter: AlpacaEval stays
+# as it is.
+WORTH_PLANNING, SHARED_PREFIX_TOKENS = 0.1, 32
 DETERMINISTIC_RUNNING = 256  # its seeded sampler needs fp64 copies of all logits
 
 
@@ -83,7 +90,7 @@ def choose(args: Arguments, machine: Machine, model: Model, records: list[Record
     why = "the model's" if context == model.context_tokens else "a longer position table would take GPU memory"
     chosen["context_length"] = (context, why)
     chosen["random_seed"] = (args.seed, "--seed")
-    chosen["schedule_policy"] = ("fcfs", "no order is better for prompts without long shared prefixes")
+    chosen["schedule_policy"] = choose_policy(args, records)
     chosen["schedule_conservativeness"] = (
         conservativeness(args.max_new_tokens),
         f"answers of about {EXPECTED_ANSWER_TOKENS} tokens, not {args.max_new_tokens}, are kept room for",
@@ -109,6 +116,54 @@ def choose(args: Arguments, machine: Machine, model: Model, records: list[Record
     for name, value in args.own_engine_args.items():
         chosen[name] = (value, "--engine_args")
     return chosen
+
+
+def choose_policy(args: Arguments, records: list[Record]) -> tuple[str, str]:
+    if args.policy != "planned":
+        return args.policy, "--policy"
+    share = _shared_share(records)
+    if share < WORTH_PLANNING:
+        return (
+            "fcfs",
+            f"prefixes of {SHARED_PREFIX_TOKENS} tokens or more are {share:.1%} of the prompts: no order is better",
+        )
+    return "fcfs", f"records come depth-first: {share:.0%} of the prompt tokens lie in shared prefixes"
+
+
+def _tree_keys(records: list[Record]) -> list[list[int]]:
+    """What the radix tree finds them under: KV of different adapters is never shared."""
+    adapters = sorted({record.lora or "" for record in records})
+    return [[-1 - adapters.index(record.lora or ""), *record.input_ids] for record in records]
+
+
+def _shared_share(records: list[Record]) -> float:
+    keys = _tree_keys([record for record in records if not record.error])
+    tokens = sum(len(key) for key in keys)
+    return planner.shared_tokens(keys, SHARED_PREFIX_TOKENS + 1) / tokens if tokens else 0.0
+
+
+def plan(
+    args: Arguments, records: list[Record], copies: int, pool_tokens: int
+) -> list[tuple[list[Record], Plan]]:
+    """The records and their order for each of the engine's copies: what shares a prefix goes to one copy, and
+    each gets an equal part of the tokens to compute. One entry if the copies take turns."""
+    if args.policy != "planned" or _shared_share(records) < WORTH_PLANNING:
+        return [(records, Plan.as_given(len(records)))]
+    answers = [min(record.max_new_tokens, EXPECTED_ANSWER_TOKENS) for record in records]
+    keys = _tree_keys(records)
+    whole = Plan.depth_first(keys, answers, pool_tokens)
+    costs = [whole.change_tokens(i, 1) for i in whole.order]
+    done, total, parts = 0, sum(costs), [[] for _ in range(copies)]
+    for i, cost in zip(whole.order, costs, strict=True):
+        parts[done * copies // total].append(i)
+        done += cost
+    return [
+        (
+            [records[i] for i in part],
+            Plan.depth_first([keys[i] for i in part], [answers[i] for i in part], pool_tokens),
+        )
+        for part in parts
+    ]
 
 
 def _choose_cpu(args: Arguments, model: Model, context: int) -> Choices:
@@ -263,6 +318,15 @@ def skip_other_models(architectures: list[str]) -> None:
         os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(sorted(modules.keys() - needed)))
 
 
+def fork_engine_processes() -> None:
+    """SGLang spawns its processes, each with 15 s of imports; from now on they are forked and share ours. For
+    a CPU, in a process that has imported SGLang and computed nothing, as the lab and the tests start many."""
+    from sglang.srt.entrypoints import engine
+
+    set_start_method = engine.mp.set_start_method
+    engine.mp.set_start_method = lambda method, force: set_start_method("fork", force=True)
+
+
 def _choices(hint: object) -> list | None:
     """The values that SGLang's own command line allows, from the annotation of an argument."""
     return next(filter(None, (getattr(extra, "choices", None) for extra in typing.get_args(hint)[1:])), None)
@@ -309,6 +373,7 @@ def start(args: Arguments, chosen: Choices, architectures: list[str], records: l
             with contextlib.suppress(ValueError):  # a record that SGLang refuses fails later, alone
                 engine.generate(input_ids=[record.input_ids for record in sample], sampling_params=params)
         engine.flush_cache()
+    engine.freeze_gc()  # a full garbage collection of SGLang's million objects stops decoding for 0.4 s
     compile_s = watch.stop()
     return engine, time.monotonic() - began - compile_s, compile_s
 
@@ -326,7 +391,7 @@ def end_at_once() -> None:
 
 async def answer_all(
     engine,
-    records: list[Record],
+    plans: list[tuple[list[Record], Plan]],
     args: Arguments,
     partial: PartialFile,
     stopped: asyncio.Event,
@@ -334,61 +399,71 @@ async def answer_all(
     on_rows: Callable[[list[dict]], None],
 ) -> None:
     """One async_generate per record, all at once (--batch_size limits them): none waits for another's batch,
-    and an error is one record's. Finished rows are on disk before `on_rows` sees them.
+    unless the plan lets it wait for a prefix, and an error is one record's. With several plans each is for a
+    copy of the engine. Finished rows are on disk before `on_rows` sees them.
 
     `waiting_limit` bounds the requests that have no token yet: with the lpm policy SGLang falls back to fcfs
     while more than 128 wait. Returns early once `stopped` is set; raises OSError if rows cannot be written.
     """
     finished: asyncio.Queue = asyncio.Queue()
-    in_flight = asyncio.Semaphore(args.batch_size or len(records))
-    waiting = asyncio.Semaphore(waiting_limit or len(records))
+    left = sum(len(records) for records, _ in plans)
+    waiting = asyncio.Semaphore(waiting_limit or left)
 
-    async def generate(record: Record) -> dict:
-        request = {"input_ids": record.input_ids, "lora_path": record.lora}
+    async def generate(record: Record, copy: int | None, computed: Callable | None) -> dict:
+        request = {"input_ids": record.input_ids, "lora_path": record.lora, "routed_dp_rank": copy}
         params = record.sampling_params(args)
         async with waiting:
-            if waiting_limit is None:
+            if waiting_limit is None and computed is None:
                 return await engine.async_generate(**request, sampling_params=params)
             # A stream only tells when the first token is there: it sends the first and the last.
             params |= {"stream_interval": 2**30}
             stream = await engine.async_generate(**request, sampling_params=params, stream=True)
             result = await anext(stream)
+        if computed:
+            computed()
         async for result in stream:  # noqa: B007 (each chunk holds all text so far)
             pass
         return result
 
-    async def answer(record: Record) -> None:
-        async with in_flight:
-            try:
-                result = await generate(record)
-                reason = result["meta_info"]["finish_reason"]
-                if reason["type"] == "abort":
-                    row = failure_row(record, f"aborted by the engine: {reason.get('message')}")
-                else:
-                    row = answer_row(record, result)
-            except Exception as error:  # whatever it is, it is this record's
-                first_line = (str(error).strip() or repr(error)).splitlines()[0][:300]
-                row = failure_row(record, f"{type(error).__name__}: {first_line}")
+    async def answer(record: Record, copy: int | None, computed: Callable | None) -> None:
+        try:
+            result = await generate(record, copy, computed)
+            reason = result["meta_info"]["finish_reason"]
+            if reason["type"] == "abort":
+                row = failure_row(record, f"aborted by the engine: {reason.get('message')}")
+            else:
+                row = answer_row(record, result)
+        except Exception as error:  # whatever it is, it is this record's
+            first_line = (str(error).strip() or repr(error)).splitlines()[0][:300]
+            row = failure_row(record, f"{type(error).__name__}: {first_line}")
         finished.put_nowait(row)
 
     loop = asyncio.get_running_loop()
-    tasks = [loop.create_task(answer(record)) for record in records]
-    stop = loop.create_task(stopped.wait())
-    left = len(records)
+    tasks = [loop.create_task(stopped.wait())]
+    for copy, (records, order) in enumerate(plans):
+        rank = copy if len(plans) > 1 else None
+        at_once = -(-args.batch_size // len(plans)) or len(records) or 1
+        ask = functools.partial(
+            lambda records, rank, i, computed: answer(records[i], rank, computed), records, rank
+        )
+        tasks.append(loop.create_task(planner.follow(order, ask, at_once)))
+    get = loop.create_task(finished.get())
     try:
         while left and not stopped.is_set():
-            get = loop.create_task(finished.get())
-            await asyncio.wait([get, stop], return_when=asyncio.FIRST_COMPLETED)
-            if not get.done():
-                get.cancel()
-                break
-            rows = [get.result()]
-            while not finished.empty():
-                rows.append(finished.get_nowait())
-            await loop.run_in_executor(None, partial.append, rows)
-            left -= len(rows)
-            on_rows(rows)
+            running = [task for task in tasks if not task.done()]
+            await asyncio.wait([get, *running], return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks[1:]:
+                if task.done():
+                    task.result()  # raises what is a bug of the plan
+            if get.done():
+                rows = [get.result()]
+                while not finished.empty():
+                    rows.append(finished.get_nowait())
+                await loop.run_in_executor(None, partial.append, rows)
+                left -= len(rows)
+                on_rows(rows)
+                get = loop.create_task(finished.get())
     finally:
-        for task in (*tasks, stop):
+        for task in (*tasks, get):
             task.cancel()
-        await asyncio.gather(*tasks, stop, return_exceptions=True)
+        await asyncio.gather(*tasks, get, return_exceptions=True)

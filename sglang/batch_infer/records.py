@@ -13,6 +13,7 @@ from pathlib import Path
 from workbench import UserError
 from workbench.files import check_identity, write_json
 
+from .planner import optimum_cached_tokens
 from .prompts import Record
 
 SUMMARY = "summary.json"
@@ -213,6 +214,11 @@ def summarise(records: list[Record], rows: dict[int, dict]) -> dict:
     ]
     prompt_tokens = sum(row["prompt_tokens"] for row in answered)
     cached = sum(row["cached_tokens"] for row in answered)
+    prompts: dict[str | None, list] = {}
+    for r in records:
+        if "output" in rows.get(r.index, {}):
+            prompts.setdefault(r.lora, []).append((r.input_ids, []))
+    optimum = sum(optimum_cached_tokens([of_adapter]) for of_adapter in prompts.values())
     capped = sum(row["finish_reason"] == "length" for row in answered)
     return {
         "records": len(records),
@@ -221,7 +227,9 @@ def summarise(records: list[Record], rows: dict[int, dict]) -> dict:
         "truncated": [row["index"] for row in answered if row["finish_reason"] == "length"],
         "prompt_tokens": prompt_tokens,
         "cached_prompt_tokens": cached,
+        "computed_prompt_tokens": prompt_tokens - cached,
         "prefix_hit_rate": cached / prompt_tokens if prompt_tokens else None,
+        "optimum_hit_rate": optimum / prompt_tokens if prompt_tokens else None,
         "output_tokens": sum(row["output_tokens"] for row in answered),
         "cap_hit_share": capped / len(answered) if answered else None,
     }

@@ -27,6 +27,7 @@ def quiet_libraries(args: Arguments) -> None:
     logging.getLogger("sglang").setLevel(logging.ERROR)  # it explains the arguments that we have just explained
     if args.device == "cpu":
         os.environ.setdefault("TORCH_LOGS", "-torch.utils.cpp_extension")  # "No CUDA runtime is found"
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which looks for a GPU
 
 
 def print_start(records: list[Record], bad: list[Record], todo: list[Record]) -> None:
@@ -174,7 +175,7 @@ def print_end(args: Arguments, summary: dict, serve_line: str) -> None:
     )
     print(
         f"prefix       {share(summary['prefix_hit_rate'])} of {summary['prompt_tokens']:,} prompt tokens came from the "
-        "radix tree"
+        f"radix tree (optimum {share(summary['optimum_hit_rate'])}), {summary['computed_prompt_tokens']:,} were computed"
     )
     print(f"cap          {share(summary['cap_hit_share'])} of the answers were cut")
     profile = summary["settings"]["profile"]
