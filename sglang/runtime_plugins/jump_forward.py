@@ -57,6 +57,7 @@ def initialise(original, self, *args, **options) -> None:
         "speculative decoding": not self.spec_algorithm.is_none(),
         "disaggregation": self.disaggregation_mode.name != "NULL",
         "pp_size above 1": self.ps.pp_size > 1,
+        "page_size above 1": self.page_size > 1,
         "data-parallel attention": self.require_mlp_sync,
         "sliding-window or state-space layers": self.is_hybrid_swa or self.is_hybrid_ssm,
         "diffusion models": self.dllm_config is not None,
@@ -178,8 +179,6 @@ def jump(scheduler, running):
 
     if not running.has_grammar or running.return_logprob:  # mixed batches have no logprobs
         return None
-    page = scheduler.page_size
-    pages = sum(not req.finished() for req in running.reqs) * page  # what a decode step may need
     budget = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
     forced = {}
     for index, req in enumerate(running.reqs):
@@ -187,9 +186,9 @@ def jump(scheduler, running):
         if ids and len(ids) < budget:
             forced[index] = ids
             budget -= len(ids) + 1
-    need = pages + sum(-(-(len(ids) + 1) // page) * page for ids in forced.values())
     if not forced:
         return None
+    need = len(running.reqs) + sum(len(ids) for ids in forced.values())  # KV slots
     evict_from_tree_cache(scheduler.tree_cache, need)
     if scheduler.token_to_kv_pool_allocator.available_size() < need:
         return None
