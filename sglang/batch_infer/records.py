@@ -170,6 +170,7 @@ def answer_row(record: Record, result: dict) -> dict:
         "prompt_tokens": meta["prompt_tokens"],
         "cached_tokens": meta["cached_tokens"],
         "output_tokens": meta["completion_tokens"],
+        "forced_runs": [tokens for tokens in meta.get("forced_runs", ()) if tokens],  # --jump_forward
     }
 
 
@@ -214,6 +215,7 @@ def summarise(records: list[Record], rows: dict[int, dict]) -> dict:
     prompt_tokens = sum(row["prompt_tokens"] for row in answered)
     cached = sum(row["cached_tokens"] for row in answered)
     capped = sum(row["finish_reason"] == "length" for row in answered)
+    forced_runs = [tokens for row in answered for tokens in row.get("forced_runs", ())]
     return {
         "records": len(records),
         "failed_records": len(failures),
@@ -223,6 +225,8 @@ def summarise(records: list[Record], rows: dict[int, dict]) -> dict:
         "cached_prompt_tokens": cached,
         "prefix_hit_rate": cached / prompt_tokens if prompt_tokens else None,
         "output_tokens": sum(row["output_tokens"] for row in answered),
+        "jumps": len(forced_runs),
+        "forced_tokens": sum(forced_runs),
         "cap_hit_share": capped / len(answered) if answered else None,
     }
 
