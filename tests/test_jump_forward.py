@@ -8,7 +8,6 @@ import re
 import time
 from pathlib import Path
 
-import jsonschema
 import pytest
 from conftest import fork_engine_processes
 from hypothesis import HealthCheck, Phase, given, settings
@@ -112,6 +111,8 @@ def mixed_requests(count: int) -> list[tuple[str, dict, float]]:
 
 def problem(params: dict, answer: dict) -> str | None:
     """Why an answer that ended by itself does not satisfy its grammar."""
+    import jsonschema
+
     reason = answer["finish_reason"]
     if reason["type"] == "abort":
         return f"aborted: {reason}"
