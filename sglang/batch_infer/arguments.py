@@ -42,6 +42,8 @@ WITH_JUMP_FORWARD = {
     "enable_dp_attention": (False,),
     "enable_hisparse": (False,),
     "dllm_algorithm": (None,),
+    "reasoning_parser": (None,),
+    "enable_hierarchical_cache": (False,),
 }
 
 
