@@ -15,7 +15,7 @@ install-v100: .venv-v100/.installed  ## create .venv-v100, the environment for V
 install: .venv/.installed  ## create .venv from requirements.txt (done by the other targets)
 
 PLUGINS = $(addprefix sglang/runtime_plugins/,pyproject.toml __init__.py cpu.py cpu_platform.py deterministic_radix.py \
-    radix_trace.py)
+    radix_trace.py jump_forward.py count_passes.py)
 
 .venv/.installed: requirements.txt $(PLUGINS)
 	@VENV=; source ./env.sh && install_environment .venv requirements.txt "$(PYTHON)" ./sglang/runtime_plugins
@@ -50,7 +50,7 @@ lock: .venv/.installed  ## resolve requirements.in into both locks
 	@$(RUN) uv pip compile requirements.in -o requirements.txt --python-version 3.11 \
 	    --no-annotate --no-header -q
 	@$(RUN) grep -vE '^(torch|triton|nvidia-|cuda-|setuptools|sympy)' requirements.txt > .venv/constraints.txt
-	@$(RUN) { echo torch==2.7.1; grep -vE '^(torch|sglang|flashinfer-python)\b' requirements.in; } \
+	@$(RUN) { echo torch==2.7.1; grep -vE '^(torch|sglang|flashinfer-python|jsonschema|interegular)\b' requirements.in; } \
 	    | uv pip compile - -c .venv/constraints.txt -o deepspeed/requirements-v100.txt \
 	    --python-version 3.11 --no-annotate --no-header -q
 

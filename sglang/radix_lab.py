@@ -80,7 +80,7 @@ class Workload:
 
 
 def build_workloads(texts: list[str], tokenizer, scale: int) -> list[Workload]:
-    """Structures whose text is cut from `texts`: 16 or 24 requests of 400 to 600 tokens, times `scale` both."""
+    """Structures whose text is cut from `texts`: 12 to 24 requests of 300 to 470 tokens, times `scale` both."""
     lines = itertools.cycle(texts)
 
     def text(tokens: int, title: str) -> list[int]:
@@ -91,18 +91,18 @@ def build_workloads(texts: list[str], tokenizer, scale: int) -> list[Workload]:
 
     few_shot, samples, tree, chats = [], [], [], []
     for g in range(3 * scale):
-        header = text(560 * scale, f"Task {g + 1}, examples:\n")
-        few_shot += [[header + text(40 * scale, f"Question {q + 1}: ")] for q in range(8)]
+        header = text(440 * scale, f"Task {g + 1}, examples:\n")
+        few_shot += [[header + text(30 * scale, f"Question {q + 1}: ")] for q in range(8)]
     for g in range(4 * scale):
-        samples += [[text(400 * scale, f"Puzzle {g + 1}: ")]] * 4
+        samples += [[text(300 * scale, f"Puzzle {g + 1}: ")]] * 4
     for g in range(2 * scale):
-        problem = text(260 * scale, f"Problem {g + 1}:\n")
+        problem = text(200 * scale, f"Problem {g + 1}:\n")
         for p in range(2):
-            plan = problem + text(120 * scale, f"Plan {p + 1}: ")
-            tree += [[plan], *([plan + text(100 * scale, f"Step {n + 1}: ")] for n in range(3))]
+            plan = problem + text(90 * scale, f"Plan {p + 1}: ")
+            tree += [[plan], *([plan + text(70 * scale, f"Step {n + 1}: ")] for n in range(3))]
     system = text(120 * scale, "You are a patient tutor.\n")
     for c in range(4 * scale):
-        turns = [text(80 * scale, f"\nStudent {c + 1}, question {t + 1}: ") for t in range(4)]
+        turns = [text(80 * scale, f"\nStudent {c + 1}, question {t + 1}: ") for t in range(3)]
         chats.append([system + turns[0], *turns[1:]])
     return [
         Workload("few_shot", few_shot, 3 * scale),

@@ -33,6 +33,21 @@ RESOURCES_ONLY = {
     *("watchdog_timeout", "load_balance_method", "cuda_graph_backend_prefill"),
 }
 
+# What --jump_forward was built and tested with, of what --engine_args can change.
+WITH_JUMP_FORWARD = {
+    "disable_overlap_schedule": (True,),
+    "grammar_backend": ("xgrammar", "llguidance"),
+    "page_size": (1,),
+    "pp_size": (1,),
+    "speculative_algorithm": (None,),
+    "disaggregation_mode": ("null",),
+    "enable_dp_attention": (False,),
+    "enable_hisparse": (False,),
+    "dllm_algorithm": (None,),
+    "reasoning_parser": (None,),
+    "enable_hierarchical_cache": (False,),
+}
+
 
 @dataclass
 class Arguments:
@@ -50,6 +65,7 @@ class Arguments:
     raw: bool = False
     fast: bool = False
     policy: str = "planned"
+    jump_forward: bool = False
     batch_size: int = 0
     max_running_requests: int = 0
     tp_size: int = 1
@@ -100,6 +116,7 @@ HELP = {
     "fast": "without SGLang's deterministic mode: faster, two runs differ",
     "policy": f"order of the records, one of {', '.join(POLICIES)}; planned: depth-first by shared prefix, each prefix "
     "computed once; the others are SGLang's own",
+    "jump_forward": "text that a regex or schema forces is computed in one pass (no overlap scheduler)",
     "batch_size": "records in flight at once (0: all of them)",
     "max_running_requests": "requests the scheduler runs at once (0: chosen from the GPU)",
     "tp_size": "GPUs that share one copy of the model",
@@ -203,6 +220,12 @@ def _check(args: Arguments) -> None:
     for name in ("context_length", "dp_size", "tp_size"):
         if not isinstance(engine_args.get(name, 1), int):
             raise UserError(f"--engine_args: {name} must be a whole number")
+    for name, values in WITH_JUMP_FORWARD.items() if args.jump_forward else ():
+        if engine_args.get(name, values[0]) not in values:
+            raise UserError(
+                f"--jump_forward works with {name} {' or '.join(map(repr, values))}, not {engine_args[name]!r}: "
+                "change --engine_args or leave the flag out"
+            )
     args.engine_args = json.dumps(engine_args, sort_keys=True)
 
 

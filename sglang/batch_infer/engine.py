@@ -98,6 +98,9 @@ def choose(args: Arguments, machine: Machine, model: Model, records: list[Record
     chosen["constrained_json_disable_any_whitespace"] = (True, "JSON answers are compact")
     if args.reproducible:
         chosen["enable_deterministic_inference"] = (True, "the same bytes in every run (--fast: without)")
+    if args.jump_forward:
+        why = "--jump_forward must know a step's tokens before it plans the next"
+        chosen["disable_overlap_schedule"] = (True, why)
     if model.dual_chunk:
         chosen["json_model_override_args"] = (
             '{"dual_chunk_attention_config": null}',
@@ -244,15 +247,17 @@ def print_choices(chosen: Choices) -> None:
 def environment(args: Arguments) -> dict[str, str]:
     """What the engine's processes read: which of runtime_plugins are on, and on the CPU one OpenMP thread per
     scheduler (sums have one order), no GPU, and no torch.compile (it would compile for minutes)."""
+    jump_forward = ["jump_forward"] if args.jump_forward else []
     if args.device == "cpu":
         return {
             "SGLANG_PLATFORM": "plain_cpu",
-            "RUNTIME_PLUGINS": "cpu",
+            "RUNTIME_PLUGINS": ",".join(["cpu", *jump_forward]),
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
             "TORCHDYNAMO_DISABLE": "1",
         }
-    return {"RUNTIME_PLUGINS": "deterministic_radix" if args.reproducible else ""}
+    deterministic_radix = ["deterministic_radix"] if args.reproducible else []
+    return {"RUNTIME_PLUGINS": ",".join(deterministic_radix + jump_forward)}
 
 
 def serve_line(args: Arguments, chosen: Choices) -> str:

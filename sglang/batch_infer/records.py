@@ -171,6 +171,7 @@ def answer_row(record: Record, result: dict) -> dict:
         "prompt_tokens": meta["prompt_tokens"],
         "cached_tokens": meta["cached_tokens"],
         "output_tokens": meta["completion_tokens"],
+        "forced_runs": [tokens for tokens in meta.get("forced_runs", ()) if tokens],  # --jump_forward
     }
 
 
@@ -220,6 +221,7 @@ def summarise(records: list[Record], rows: dict[int, dict]) -> dict:
             prompts.setdefault(r.lora, []).append((r.input_ids, []))
     optimum = sum(optimum_cached_tokens([of_adapter]) for of_adapter in prompts.values())
     capped = sum(row["finish_reason"] == "length" for row in answered)
+    forced_runs = [tokens for row in answered for tokens in row.get("forced_runs", ())]
     return {
         "records": len(records),
         "failed_records": len(failures),
@@ -231,6 +233,8 @@ def summarise(records: list[Record], rows: dict[int, dict]) -> dict:
         "prefix_hit_rate": cached / prompt_tokens if prompt_tokens else None,
         "optimum_hit_rate": optimum / prompt_tokens if prompt_tokens else None,
         "output_tokens": sum(row["output_tokens"] for row in answered),
+        "jumps": len(forced_runs),
+        "forced_tokens": sum(forced_runs),
         "cap_hit_share": capped / len(answered) if answered else None,
     }
 
