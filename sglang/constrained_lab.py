@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
 from batch_infer import engine as runtime
 from batch_infer import preflight, report
-from batch_infer.arguments import REHEARSAL, TINY_MODEL, Arguments
+from batch_infer.arguments import REHEARSAL, Arguments, parse
 from batch_infer.fsm_figure import draw_both
 from workbench import UserError
 from workbench.files import claim, commit, write_json
@@ -62,6 +62,8 @@ class Flags:
     regex: str = r'\{"on": (true|false), "colour": "(red|green)"\}'
     output_dir: str = str(REHEARSAL / "runs" / "constrained_lab")
     model_path: str = ""
+    device: str = "cpu"
+    engine_args: str = "{}"
     draw_only: bool = False
     seed: int = 0
 
@@ -69,7 +71,9 @@ class Flags:
 HELP = {
     "regex": "its automaton is drawn",
     "output_dir": "folder for figures and numbers",
-    "model_path": "folder of the model (default: the rehearsal's tiny Qwen2, built on the spot)",
+    "model_path": "hub id or folder; empty: the tiny model",
+    "device": "cpu or cuda",
+    "engine_args": "JSON object of further sglang.Engine arguments",
     "draw_only": "only the figure",
     "seed": "of arrival times and sampling",
 }
@@ -100,17 +104,16 @@ def main(argv: list[str]) -> int:
 
 
 def arguments(flags: Flags, backend: str, jumps: bool) -> Arguments:
-    """Those of run_sglang.py on the CPU: without jump-forward the overlap scheduler is on, SGLang's default."""
-    return Arguments(
-        device="cpu",
-        rehearse=True,
-        model_path=flags.model_path or str(Path(flags.output_dir) / TINY_MODEL),
-        output_file=str(Path(flags.output_dir) / "outputs.jsonl"),
-        max_running_requests=max(CONCURRENCY),
-        jump_forward=jumps,
-        seed=flags.seed,
-        engine_args=json.dumps({"grammar_backend": "xgrammar" if backend == "none" else backend}),
-    )
+    """Those of run_sglang.py: without jump-forward the overlap scheduler is on, SGLang's default."""
+    grammar = {"grammar_backend": "xgrammar" if backend == "none" else backend}
+    words = {
+        **{"device": flags.device, "seed": flags.seed, "jump_forward": jumps, "fast": True, "dp_size": 1},
+        **{"max_running_requests": max(CONCURRENCY), "output_file": Path(flags.output_dir) / "outputs.jsonl"},
+        **({"model_path": flags.model_path} if flags.model_path else {"rehearse": True}),
+    }
+    args = parse([f"--{name}={value}" for name, value in words.items()] + ["--engine_args", flags.engine_args])
+    args.engine_args = json.dumps(args.own_engine_args | grammar)
+    return args
 
 
 def measure_all(flags: Flags, folder: Path, drawn: dict) -> None:
@@ -139,7 +142,7 @@ def measure_all(flags: Flags, folder: Path, drawn: dict) -> None:
         "settings": asdict(flags) | {"tries": TRIES, "stagger_s": STAGGER_S, "schemas": SCHEMAS},
         "versions": versions(("sglang", "torch", "xgrammar", "llguidance", "interegular")),
         "commit": commit(),
-        "hardware": hardware(),
+        "hardware": hardware(found["machine"]),
         "wall_s": time.monotonic() - began,
     }
     write_json(folder / "constrained_lab.json", result)
@@ -149,10 +152,11 @@ def measure_all(flags: Flags, folder: Path, drawn: dict) -> None:
     print(f"numbers      {folder / 'constrained_lab.json'}; figures beside it; {result['wall_s']:.0f} s")
 
 
-def hardware() -> dict:
+def hardware(machine: runtime.Machine) -> dict:
     info = Path("/proc/cpuinfo").read_text()
     name = re.search(r"model name\s*: (.*)", info)
-    return {"cpu": name[1] if name else None, "cores": len(os.sched_getaffinity(0))}
+    cores = len(os.sched_getaffinity(0))
+    return {"gpu": machine.gpu_name, "cpu": name[1] if name else None, "cores": cores}
 
 
 def start(args: Arguments, found: dict):
@@ -161,8 +165,12 @@ def start(args: Arguments, found: dict):
     os.environ["RUNTIME_PLUGINS"] += ",count_passes"
     report.quiet_libraries(args)
     if not found:
+        found["machine"] = runtime.Machine(args.device)
+        preflight.look_at_packages()
+        preflight.look_at_gpus(args, found["machine"])
+        preflight.look_at_kernel_tools(args)
         preflight.look_at_model(args, found)
-    chosen = runtime.choose(args, runtime.Machine("cpu"), found["model"], [])
+    chosen = runtime.choose(args, found["machine"], found["model"], [])
     return runtime.start(args, chosen, found["model"].config["architectures"], [])[0]
 
 

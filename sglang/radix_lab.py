@@ -24,7 +24,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
 from batch_infer import engine as runtime
 from batch_infer import preflight, radix_figure, report
-from batch_infer.arguments import REHEARSAL, TINY_MODEL, Arguments
+from batch_infer.arguments import REHEARSAL, TINY_MODEL
+from batch_infer.arguments import parse as parse_arguments
 from batch_infer.planner import Plan, follow, optimum_cached_tokens
 from workbench import UserError
 from workbench.files import claim, commit, write_json
@@ -44,6 +45,7 @@ class Flags:
     prompts: str = str(REHEARSAL / "instructions.json")
     device: str = "cpu"
     scale: int = 1
+    engine_args: str = "{}"
     full: bool = False
     output_dir: str = ""
 
@@ -53,6 +55,7 @@ HELP = {
     "prompts": "texts that the workloads are made of: hub data set or file, as run_sglang.py takes them",
     "device": "cpu or cuda",
     "scale": "prompt lengths and numbers of requests, times this",
+    "engine_args": "JSON object of further sglang.Engine arguments",
     "full": "every policy with every eviction policy and pool, not one factor at a time",
     "output_dir": "empty: rehearsal/runs/<time>-radix_lab",
 }
@@ -458,8 +461,6 @@ def in_a_process(log: Path, function, *arguments):
 def parse(argv: list[str]) -> Flags:
     given = read_flags(argv, Flags, HELP, {}, prog="radix_lab.py", description=__doc__.split("\n\n")[0])
     flags = Flags(**given)
-    if flags.device not in ("cpu", "cuda"):
-        raise UserError(f"--device {flags.device}: choose cpu or cuda")
     if flags.scale < 1:
         raise UserError(f"--scale {flags.scale}: must be at least 1")
     if flags.device == "cuda" and not flags.model_path:
@@ -482,16 +483,13 @@ def main(argv: list[str]) -> int:
 
 def run(flags: Flags, folder: Path) -> int:
     began = time.monotonic()
-    args = Arguments(
-        model_path=flags.model_path or str(folder / TINY_MODEL),
-        **{"prompts": flags.prompts, "device": flags.device, "rehearse": not flags.model_path, "fast": True},
-        **{
-            "output_file": str(folder / RESULT),
-            "temperature": 0.0,
-            "max_new_tokens": ANSWER_TOKENS,
-            "dp_size": 1,
-        },
-    )
+    words = {
+        **{"device": flags.device, "prompts": flags.prompts, "output_file": folder / RESULT, "temperature": 0},
+        **{"max_new_tokens": ANSWER_TOKENS, "dp_size": 1, "fast": True, "engine_args": flags.engine_args},
+        **({"model_path": flags.model_path} if flags.model_path else {"rehearse": True}),
+    }
+    args = parse_arguments([f"--{name}={value}" for name, value in words.items()])
+    own = args.own_engine_args
     os.environ.update(runtime.environment(args))
     os.environ["RUNTIME_PLUGINS"] += ",radix_trace"
     os.environ["RADIX_TRACE"] = str(folder / TRACE)
@@ -500,8 +498,9 @@ def run(flags: Flags, folder: Path) -> int:
     found = preflight.run(args, machine)
     os.environ["HF_HUB_OFFLINE"] = "1"
     model = found["model"]
-    runtime.skip_other_models(model.config["architectures"])
-    import sglang.srt.managers.scheduler  # noqa: F401 (once, for all forked engines)
+    if args.device == "cpu":  # once, for all engines; on a GPU it would initialise CUDA before the fork
+        runtime.skip_other_models(model.config["architectures"])
+        import sglang.srt.managers.scheduler  # noqa: F401
     from tqdm import tqdm
     from transformers import AutoTokenizer
 
@@ -516,7 +515,7 @@ def run(flags: Flags, folder: Path) -> int:
             **{"radix_eviction_policy": setting.eviction, "max_total_tokens": pools[setting.pool]},
             **{"max_running_requests": running},
         }
-        args.engine_args = json.dumps(engine_args)
+        args.engine_args = json.dumps(engine_args | own)
         chosen = runtime.choose(args, machine, model, found["records"])
         if args.device == "cpu":
             runtime.fork_engine_processes()

@@ -108,7 +108,8 @@ def test_bad_regexes_are_one_line(tmp_path, capsys, regex, message):
 @pytest.mark.long
 def test_the_lab_measures_and_plots(runtime, tiny_qwen2, tmp_path):
     import constrained_lab as lab
-    from conftest import fork_engine_processes
+
+    from batch_infer.engine import fork_engine_processes
 
     def run() -> int:
         fork_engine_processes()

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import fork_engine_processes
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from batch_infer.arguments import parse
+from batch_infer.engine import fork_engine_processes
 from harness import fork
 from runtime_plugins import jump_forward
 from workbench import UserError

@@ -370,7 +370,7 @@ def start(args: Arguments, chosen: Choices, architectures: list[str], records: l
         # time) prefill behind a cached prefix. Nothing of it stays in the cache.
         sample = [record for record in records if not (record.regex or record.json_schema)][:2]
         sample *= chosen["dp_size"][0]  # round robin reaches every copy
-        for _ in range(2):
+        for _ in range(2 if sample else 0):
             params = [
                 record.sampling_params(args) | {"max_new_tokens": min(4, record.max_new_tokens)}
                 for record in sample

@@ -177,6 +177,8 @@ def print_end(args: Arguments, summary: dict, serve_line: str) -> None:
         f"prefix       {share(summary['prefix_hit_rate'])} of {summary['prompt_tokens']:,} prompt tokens came from the "
         f"radix tree (optimum {share(summary['optimum_hit_rate'])}), {summary['computed_prompt_tokens']:,} were computed"
     )
+    if args.jump_forward:
+        print(f"jumps        {summary['jumps']:,} with {summary['forced_tokens']:,} forced tokens")
     print(f"cap          {share(summary['cap_hit_share'])} of the answers were cut")
     profile = summary["settings"]["profile"]
     promise = {
