@@ -87,6 +87,8 @@ def main(argv: list[str]) -> int:
         }
         flags = Flags(**read_flags(argv, Flags, HELP, {}, **about))
         folder = Path(flags.output_dir)
+        for mode in () if flags.draw_only else MODES:
+            arguments(flags, *mode)  # raises for bad flags before anything is measured
         with claim(folder, "--output_dir"):
             drawn = draw_both(flags.regex, folder)
             print(
@@ -120,36 +122,52 @@ def measure_all(flags: Flags, folder: Path, drawn: dict) -> None:
     from tqdm import tqdm
 
     began = time.monotonic()
-    rows, break_even, found = [], [], {}
-    cells = len(SCHEMAS) * len(CONCURRENCY)
-    total = len(MODES) * cells + 2 * len(RUN_LENGTHS)
-    with tqdm(total=total, unit=" cells", mininterval=0.2 if sys.stderr.isatty() else 10) as bar:
-        engine, running = None, None
-        for backend, jumps in MODES:
-            if running != (served := ("xgrammar" if backend == "none" else backend, jumps)):
-                if engine:
-                    engine.shutdown()
-                engine, running = start(arguments(flags, backend, jumps), found), served
+    first = arguments(flags, "xgrammar", False)
+    os.environ.update(runtime.environment(first))
+    report.quiet_libraries(first)
+    machine, found = runtime.Machine(flags.device), {}
+    preflight.look_at_packages()
+    preflight.look_at_gpus(first, machine)
+    preflight.look_at_kernel_tools(first)
+    preflight.look_at_model(first, found)
+    if flags.device == "cpu":  # once, for all engines
+        runtime.skip_other_models(found["model"].config["architectures"])
+        import sglang.srt.managers.scheduler  # noqa: F401
+
+    def with_engine(backend: str, jumps: bool, pipe) -> None:
+        engine = start(arguments(flags, backend, jumps), machine, found["model"])
+        modes = ("none", backend) if (backend, jumps) == ("xgrammar", False) else (backend,)
+        for mode in modes:
             for schema in SCHEMAS:
-                rows += [row(flags, engine, schema, backend, jumps, count, bar) for count in CONCURRENCY]
-            if backend == "llguidance":
-                break_even += [run_length(flags, engine, jumps, length, bar) for length in RUN_LENGTHS]
+                for count in CONCURRENCY:
+                    pipe.send(("rows", row(flags, engine, schema, mode, jumps, count)))
+        if backend == "llguidance":
+            for length in RUN_LENGTHS:
+                pipe.send(("break_even", run_length(flags, engine, jumps, length)))
         engine.shutdown()
-    result = {
-        "fsm": drawn,
-        "rows": rows,
-        "break_even": break_even,
-        "settings": asdict(flags) | {"tries": TRIES, "stagger_s": STAGGER_S, "schemas": SCHEMAS},
-        "versions": versions(("sglang", "torch", "xgrammar", "llguidance", "interegular")),
-        "commit": commit(),
-        "hardware": hardware(found["machine"]),
-        "wall_s": time.monotonic() - began,
-    }
-    write_json(folder / "constrained_lab.json", result)
-    print_table(rows)
-    plot_rows(rows, folder)
-    plot_break_even(break_even, folder)
-    print(f"numbers      {folder / 'constrained_lab.json'}; figures beside it; {result['wall_s']:.0f} s")
+
+    results: dict[str, list[dict]] = {"rows": [], "break_even": []}
+    total = len(MODES) * len(SCHEMAS) * len(CONCURRENCY) + 2 * len(RUN_LENGTHS)
+    with tqdm(total=total, unit=" cells", mininterval=0.2 if sys.stderr.isatty() else 10) as bar:
+        for backend, jumps in MODES[1:]:
+            for kind, result in runtime.in_a_process(folder / "engine.log", with_engine, backend, jumps):
+                results[kind].append(result)
+                bar.update()
+    settings = asdict(flags) | {"output_dir": folder.name, "tries": TRIES, "stagger_s": STAGGER_S}
+    wall_s = time.monotonic() - began
+    write_json(
+        folder / "constrained_lab.json",
+        results
+        | {
+            **{"fsm": drawn, "settings": settings | {"schemas": SCHEMAS}, "commit": commit(), "wall_s": wall_s},
+            "versions": versions(("sglang", "torch", "xgrammar", "llguidance", "interegular")),
+            "hardware": hardware(machine),
+        },
+    )
+    print_table(results["rows"])
+    plot_rows(results["rows"], folder)
+    plot_break_even(results["break_even"], folder)
+    print(f"numbers      {folder / 'constrained_lab.json'}; figures beside it; {wall_s:.0f} s")
 
 
 def hardware(machine: runtime.Machine) -> dict:
@@ -159,19 +177,14 @@ def hardware(machine: runtime.Machine) -> dict:
     return {"gpu": machine.gpu_name, "cpu": name[1] if name else None, "cores": cores}
 
 
-def start(args: Arguments, found: dict):
+def start(args: Arguments, machine: runtime.Machine, model: runtime.Model):
     """An engine whose state says how many forward passes it has run."""
     os.environ.update(runtime.environment(args))
     os.environ["RUNTIME_PLUGINS"] += ",count_passes"
-    report.quiet_libraries(args)
-    if not found:
-        found["machine"] = runtime.Machine(args.device)
-        preflight.look_at_packages()
-        preflight.look_at_gpus(args, found["machine"])
-        preflight.look_at_kernel_tools(args)
-        preflight.look_at_model(args, found)
-    chosen = runtime.choose(args, found["machine"], found["model"], [])
-    return runtime.start(args, chosen, found["model"].config["architectures"], [])[0]
+    chosen = runtime.choose(args, machine, model, [])
+    if args.device == "cpu":
+        runtime.fork_engine_processes()
+    return runtime.start(args, chosen, model.config["architectures"], [])[0]
 
 
 def passes(engine) -> int:
@@ -212,7 +225,7 @@ def serve(engine, requests: list[tuple[str, dict]], seed: int, valid=None) -> di
     }
 
 
-def row(flags: Flags, engine, schema: str, backend: str, jumps: bool, count: int, bar) -> dict:
+def row(flags: Flags, engine, schema: str, backend: str, jumps: bool, count: int) -> dict:
     """One row of the table. The first request of a grammar is served before, so that compiling it is not
     measured; the quicker of two rounds counts where a round is short."""
     import jsonschema
@@ -239,7 +252,6 @@ def row(flags: Flags, engine, schema: str, backend: str, jumps: bool, count: int
         for number in range(1, rounds + 1)
     ]
     best = min(runs, key=lambda run: run["seconds"])
-    bar.update()
     return {
         "schema": schema,
         "backend": backend,
@@ -254,14 +266,13 @@ def row(flags: Flags, engine, schema: str, backend: str, jumps: bool, count: int
     }
 
 
-def run_length(flags: Flags, engine, jumps: bool, length: int, bar) -> dict:
+def run_length(flags: Flags, engine, jumps: bool, length: int) -> dict:
     """8 requests, each 6 times 4 free characters and then `length` forced ones."""
     regex = f"([a-z ]{{4}}{'QZXJQVKWQZXJQVKW'[:length]}){{6}}"
     params = {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 300, "regex": regex}
     requests = [(f"Line {n}:", params | {"sampling_seed": n}) for n in range(8)]
     serve(engine, requests[:1], flags.seed)
-    best = min((serve(engine, requests, flags.seed) for _ in range(3)), key=lambda run: run["seconds"])
-    bar.update()
+    best = min((serve(engine, requests, flags.seed) for _ in range(2)), key=lambda run: run["seconds"])
     kept = {name: best[name] for name in ("seconds", "forward_passes", "output_tokens")}
     return {"forced_characters": length, "jump_forward": jumps} | kept
 

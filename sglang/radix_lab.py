@@ -1,7 +1,7 @@
 """RadixAttention, eviction and cache-aware scheduling, measured on the real SGLang Runtime.
 
-    python sglang/radix_lab.py                                  # CPU, tiny model, 3 minutes
-    python sglang/radix_lab.py --device cuda --model_path Qwen/Qwen2.5-7B-Instruct --scale 4
+    python sglang/radix_lab.py                                  # CPU, tiny model, 4.5 minutes
+    python sglang/radix_lab.py --device cuda --model_path Qwen/Qwen2.5-7B-Instruct --scale 2
 
 Four workloads whose prompts share prefixes, run with the radix cache on and off, with the schedule policies
 and eviction policies of SGLang and with the order of batch_infer/planner.py, in KV pools of three sizes.
@@ -12,7 +12,6 @@ eviction).
 
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import statistics
@@ -35,6 +34,10 @@ ANSWER_TOKENS = 4
 RUNNING = 32
 SEEDS = 5
 PICTURE_POOL_TOKENS = 400
+GRID_SETS = {
+    *("disable_radix_cache", "schedule_policy", "radix_eviction_policy", "max_total_tokens"),
+    *("max_running_requests", "chunked_prefill_size", "dp_size"),
+}
 RESULT, TREE, STEPS = "radix_lab.json", "radix_tree", "radix_steps"
 TRACE, LOG = "radix_trace.jsonl", "engine.log"
 
@@ -244,7 +247,10 @@ def measure(engine, setting: Setting, workloads: list[Workload], rows) -> None:
 
 def empty_tree(engine) -> None:
     """SGLang refuses while it still has to look at the last batch's results."""
+    deadline = time.monotonic() + 30
     while not engine.flush_cache().success:
+        if time.monotonic() > deadline:
+            raise RuntimeError("the scheduler does not become idle")
         time.sleep(0.01)
 
 
@@ -433,31 +439,6 @@ def plot(lines: list[dict], folder: Path) -> None:
 # --- the program --------------------------------------------------------------------------------------
 
 
-def in_a_process(log: Path, function, *arguments):
-    """Runs function(*arguments, pipe) in a forked process (an engine that dies takes its process along) and
-    yields what it sends. What the process prints goes to `log`. Raises RuntimeError if it dies."""
-    context = multiprocessing.get_context("fork")
-    receiving, sending = context.Pipe(duplex=False)
-
-    def run() -> None:
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        function(*arguments, sending)
-        os._exit(0)  # an engine's exit handlers wait for processes that it has already ended
-
-    process = context.Process(target=run)
-    process.start()
-    sending.close()
-    try:
-        while True:
-            yield receiving.recv()
-    except EOFError:
-        process.join()
-    if process.exitcode:
-        raise RuntimeError(f"the engine's process ended with {process.exitcode}; see {log}")
-
-
 def parse(argv: list[str]) -> Flags:
     given = read_flags(argv, Flags, HELP, {}, prog="radix_lab.py", description=__doc__.split("\n\n")[0])
     flags = Flags(**given)
@@ -490,6 +471,8 @@ def run(flags: Flags, folder: Path) -> int:
     }
     args = parse_arguments([f"--{name}={value}" for name, value in words.items()])
     own = args.own_engine_args
+    for name in own.keys() & GRID_SETS:
+        raise UserError(f"--engine_args: the grid sets {name}; leave it out")
     os.environ.update(runtime.environment(args))
     os.environ["RUNTIME_PLUGINS"] += ",radix_trace"
     os.environ["RADIX_TRACE"] = str(folder / TRACE)
@@ -506,6 +489,8 @@ def run(flags: Flags, folder: Path) -> int:
 
     tokenizer = AutoTokenizer.from_pretrained(model.folder)
     texts = [record.instruction for record in found["records"] if not record.error]
+    if not texts:
+        raise UserError(f"--prompts {flags.prompts}: no text to make workloads of")
     workloads = build_workloads(texts, tokenizer, flags.scale)
     pools = pool_sizes(workloads) | {"picture": PICTURE_POOL_TOKENS}
 
@@ -528,14 +513,16 @@ def run(flags: Flags, folder: Path) -> int:
 
     settings = EVERYTHING if flags.full else ONE_FACTOR_AT_A_TIME
     rows: list[dict] = []
-    for _ in in_a_process(folder / LOG, with_engine, Setting(True, "fcfs", "lru", "picture"), 4, pictures):
+    for _ in runtime.in_a_process(
+        folder / LOG, with_engine, Setting(True, "fcfs", "lru", "picture"), 4, pictures
+    ):
         pass
     with tqdm(
         total=sum(1 + setting.plans for setting in settings) * len(workloads) * (SEEDS + 1), unit=" runs"
     ) as bar:
         for setting in settings:
             bar.set_postfix_str(" ".join(str(value) for value in asdict(setting).values()))
-            for row in in_a_process(
+            for row in runtime.in_a_process(
                 folder / LOG,
                 with_engine,
                 setting,
@@ -570,7 +557,13 @@ def store(folder: Path, flags: Flags, machine: runtime.Machine, rows: list[dict]
         "on_against_off": on_against_off(aggregate(rows)),
         "hardware": machine.gpu_name
         or f"{os.cpu_count()} CPU cores, {torch.backends.cpu.get_cpu_capability()}",
-        "settings": {"device": flags.device, "scale": flags.scale, "full": flags.full, "running": RUNNING}
+        "settings": {
+            "device": flags.device,
+            "engine_args": flags.engine_args,
+            "scale": flags.scale,
+            "full": flags.full,
+            "running": RUNNING,
+        }
         | {"model": Path(flags.model_path).name or TINY_MODEL, "answer_tokens": ANSWER_TOKENS},
     }
     write_json(folder / RESULT, result)

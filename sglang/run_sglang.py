@@ -31,7 +31,6 @@ from workbench.files import claim, commit, disk_full
 
 STOPPED = 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str]) -> int:
@@ -88,7 +87,7 @@ def supervise(function: Callable[[], int], folder: Path, overwrite: bool) -> int
 def _run_child(function: Callable[[], int], folder: Path, parent: int) -> None:
     code = 1
     try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(runtime.PR_SET_PDEATHSIG, signal.SIGKILL)
         os.setpgid(0, 0)  # Ctrl-C reaches the parent only, which passes it on: the engine must not see it
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)

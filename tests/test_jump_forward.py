@@ -565,7 +565,8 @@ def test_the_program_counts_its_jumps(run_inference, tmp_path):
         summary = json.loads((tmp_path / name / "summary.json").read_text())
         answers = json.loads((tmp_path / name / "outputs_all.json").read_text())
         found[name] = (summary["jumps"], summary["forced_tokens"] / summary["output_tokens"], answers)
-        assert summary["settings"]["identity"]["jump_forward"] is (name == "with")
+        assert summary["settings"]["identity"].get("jump_forward", False) is (name == "with")
+        assert summary["settings"]["profile"] == ("fast" if name == "with" else "reproducible")
     assert "disable_overlap_schedule = True: --jump_forward must know" in text
     assert found["without"][:2] == (0, 0)
     assert found["with"][0] >= 18

@@ -4,6 +4,9 @@ import json
 import re
 from dataclasses import fields
 
+import constrained_lab
+import radix_lab
+
 from batch_infer.arguments import Arguments as Inference
 from harness import ROOT
 from lora_sft.arguments import CHANGED_FLAGS, Arguments
@@ -20,7 +23,8 @@ def test_make_targets_exist():
 
 
 def test_flags_exist():
-    ours = {entry.name for entry in (*fields(Arguments), *fields(Inference))} | {"adapter"}
+    programs = (Arguments, Inference, radix_lab.Flags, constrained_lab.Flags)
+    ours = {entry.name for program in programs for entry in fields(program)} | {"adapter"}
     slurm = {"gres", "mem", "time", "signal", "no", "host"}  # pip's --no-deps, sglang serve's --host
     for name in re.findall(r"--([a-z0-9_]+)", README):
         assert name in ours | slurm | set(CHANGED_FLAGS), name

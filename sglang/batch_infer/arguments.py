@@ -95,6 +95,8 @@ class Arguments:
         other = {"output_file", "policy", "batch_size", "max_running_requests", "dp_size", "overwrite"}
         other |= {"preflight_only", "download_only", "rehearse"}
         same = {key: value for key, value in asdict(self).items() if key not in other}
+        if not self.jump_forward:
+            del same["jump_forward"]  # as in folders of before it existed
         changing = {key: value for key, value in self.own_engine_args.items() if key not in RESOURCES_ONLY}
         same["engine_args"] = json.dumps(changing, sort_keys=True)
         if self.rehearse and Path(self.model_path).parent == self.folder:
@@ -218,8 +220,9 @@ def _check(args: Arguments) -> None:
     if not isinstance(engine_args, dict):
         raise UserError('--engine_args: expected a JSON object, such as \'{"schedule_policy": "lpm"}\'')
     for name in ("context_length", "dp_size", "tp_size"):
-        if not isinstance(engine_args.get(name, 1), int):
-            raise UserError(f"--engine_args: {name} must be a whole number")
+        value = engine_args.get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"--engine_args: {name} must be a whole number of at least 1")
     for name, values in WITH_JUMP_FORWARD.items() if args.jump_forward else ():
         if engine_args.get(name, values[0]) not in values:
             raise UserError(

@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import shlex
+import signal
 import threading
 import time
 import typing
@@ -24,6 +27,7 @@ from .planner import Plan
 from .prompts import Record
 from .records import PartialFile, answer_row, failure_row
 
+PR_SET_PDEATHSIG = 1
 EXPECTED_ANSWER_TOKENS = 600  # AlpacaEval's reference answers: 543 tokens on average (characters / 4)
 CLIP_TOKENS = 4096  # SGLang's own clip of what a request may still need (managers/schedule_policy.py)
 INITIAL_RATIO = 0.7  # SGLANG_INIT_NEW_TOKEN_RATIO
@@ -128,7 +132,7 @@ def choose_policy(args: Arguments, records: list[Record]) -> tuple[str, str]:
     if share < WORTH_PLANNING:
         return (
             "fcfs",
-            f"prefixes of {SHARED_PREFIX_TOKENS} tokens or more are {share:.1%} of the prompts: no order is better",
+            f"prefixes of {SHARED_PREFIX_TOKENS} tokens or more are {share:.1%} of the prompts: an order would save little",
         )
     return "fcfs", f"records come depth-first: {share:.0%} of the prompt tokens lie in shared prefixes"
 
@@ -149,13 +153,15 @@ def plan(
     args: Arguments, records: list[Record], copies: int, pool_tokens: int
 ) -> list[tuple[list[Record], Plan]]:
     """The records and their order for each of the engine's copies: what shares a prefix goes to one copy, and
-    each gets an equal part of the tokens to compute. One entry if the copies take turns."""
-    if args.policy != "planned" or _shared_share(records) < WORTH_PLANNING:
+    each gets about an equal part of the tokens to compute. One entry if the copies take turns."""
+    own = args.own_engine_args.keys() & {"schedule_policy", "disable_radix_cache"}
+    if args.policy != "planned" or own or _shared_share(records) < WORTH_PLANNING:
         return [(records, Plan.as_given(len(records)))]
     answers = [min(record.max_new_tokens, EXPECTED_ANSWER_TOKENS) for record in records]
     keys = _tree_keys(records)
     whole = Plan.depth_first(keys, answers, pool_tokens)
-    costs = [whole.change_tokens(i, 1) for i in whole.order]
+    # What a record has of its own: a shared prefix is computed by each copy that gets a part of its records.
+    costs = [answers[i] + whole.leaves[i].depth - whole.leaves[i].parent.depth for i in whole.order]
     done, total, parts = 0, sum(costs), [[] for _ in range(copies)]
     for i, cost in zip(whole.order, costs, strict=True):
         parts[done * copies // total].append(i)
@@ -325,11 +331,47 @@ def skip_other_models(architectures: list[str]) -> None:
 
 def fork_engine_processes() -> None:
     """SGLang spawns its processes, each with 15 s of imports; from now on they are forked and share ours. For
-    a CPU, in a process that has imported SGLang and computed nothing, as the lab and the tests start many."""
+    the CPU only, where labs and tests start many engines."""
+    import sglang.srt.managers.scheduler  # noqa: F401 (what the forked ones share)
     from sglang.srt.entrypoints import engine
 
     set_start_method = engine.mp.set_start_method
     engine.mp.set_start_method = lambda method, force: set_start_method("fork", force=True)
+
+
+def in_a_process(log: Path, function, *arguments):
+    """Runs function(*arguments, pipe) in a forked process (an engine that dies takes its process along) and
+    yields what it sends. What the process prints goes to `log`. Raises its UserError, and one if it dies."""
+    context = multiprocessing.get_context("fork")
+    receiving, sending = context.Pipe(duplex=False)
+
+    def run() -> None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        receiving.close()
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        try:
+            function(*arguments, sending)
+        except UserError as error:
+            sending.send(error)
+        os._exit(0)  # an engine's exit handlers wait for processes that it has already ended
+
+    process = context.Process(target=run)
+    process.start()
+    sending.close()
+    try:
+        while True:
+            result = receiving.recv()
+            if isinstance(result, UserError):
+                raise result
+            yield result
+    except EOFError:
+        process.join()
+    finally:
+        process.kill()  # its engine ends with it
+    if process.exitcode:
+        raise UserError(f"the engine's process ended with exit code {process.exitcode}; see {log}")
 
 
 def _choices(hint: object) -> list | None:
@@ -447,7 +489,7 @@ async def answer_all(
     tasks = [loop.create_task(stopped.wait())]
     for copy, (records, order) in enumerate(plans):
         rank = copy if len(plans) > 1 else None
-        at_once = -(-args.batch_size // len(plans)) or len(records) or 1
+        at_once = max(1, args.batch_size // len(plans)) if args.batch_size else max(1, len(records))
         ask = functools.partial(
             lambda records, rank, i, computed: answer(records[i], rank, computed), records, rank
         )

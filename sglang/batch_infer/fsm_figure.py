@@ -174,7 +174,8 @@ def draw(found: Automaton, axis) -> list:
             artist = axis.text(
                 x0 + share * (x1 - x0),
                 y0 + share * (y1 - y0) + away,
-                label.replace(" ", "␣"),
+                label.replace(" ", "␣").replace("\n", "↵"),
+                parse_math=False,
                 fontsize=7,
                 ha="center",
                 va="center",

@@ -218,7 +218,7 @@ def summarise(records: list[Record], rows: dict[int, dict]) -> dict:
     prompts: dict[str | None, list] = {}
     for r in records:
         if "output" in rows.get(r.index, {}):
-            prompts.setdefault(r.lora, []).append((r.input_ids, []))
+            prompts.setdefault(r.lora, []).append((r.input_ids, rows[r.index]["output_ids"]))
     optimum = sum(optimum_cached_tokens([of_adapter]) for of_adapter in prompts.values())
     capped = sum(row["finish_reason"] == "length" for row in answered)
     forced_runs = [tokens for row in answered for tokens in row.get("forced_runs", ())]

@@ -113,7 +113,8 @@ def machine_of(args: Arguments, machine: Machine) -> dict:
 
 def settings(args: Arguments, machine: Machine, found: dict, chosen: Choices, machines: list[dict]) -> dict:
     """Everything that an equal run needs to have equal. `machines`: of all starts of this run."""
-    profile = "reproducible" if args.reproducible else "fast"
+    # A jump depends on what runs beside it, and where the text is tokenised otherwise the answer changes.
+    profile = "reproducible" if args.reproducible and not args.jump_forward else "fast"
     return machine_of(args, machine) | {
         "identity": args.identity(),
         "profile": profile if len(machines) < 2 else "mixed",

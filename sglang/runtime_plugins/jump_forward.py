@@ -7,9 +7,9 @@ try_jump_forward) still say what is forced, and nothing asks them. Four things d
 
 * In place. A running request keeps its KV slots and its lock on the radix tree; the forced tokens extend it,
   as a chunk of a chunked prefill does. Nothing is released, inserted or matched again.
-* It pays. The forced tokens of a pass must outweigh what the pass costs all running requests.
+* It pays. What is forced in a pass must outweigh what the pass costs all running requests.
 * No pass of its own. All other running requests decode their next token in the same pass (SGLang's mixed
-  batch, schedule_batch.py, mix_with_running), so a jump stalls nobody.
+  batch, schedule_batch.py, mix_with_running).
 * No token is changed afterwards. The removed code tokenised the whole answer again (issue 2045: quality).
   Here tokens that the model has chosen stay. llguidance gives ids; xgrammar's text is tokenised, and the
   tokens at its end that the free text behind it could change are left to the model.
@@ -24,7 +24,8 @@ SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 BEFORE = ("\n", "a", "0", '"', " ")
 # How many decode steps a pass with a jump costs the requests beside it (measured: constrained_lab.py). On the
 # CPU a mixed pass takes no longer than a decode step; on a GPU it runs without the decode CUDA graph.
-COST_IN_STEPS = {"cpu": 0, "cuda": 6}
+GPU_COST = 6
+COST_IN_STEPS = {"cpu": 0}
 BEHIND = ("a", "e", "S", "0", "_", " ", '"', ",", ".", "}", "\n", "\u00e9")
 
 
@@ -66,6 +67,8 @@ def initialise(original, self, *args, **options) -> None:
         "sliding-window or state-space layers": self.is_hybrid_swa or self.is_hybrid_ssm,
         "diffusion models": self.dllm_config is not None,
         "hisparse": self.enable_hisparse,
+        "reasoning parsers": bool(self.server_args.reasoning_parser),
+        "the hierarchical cache": self.server_args.enable_hierarchical_cache,
     }
     for reason, found in refused.items():
         if found:
@@ -191,7 +194,7 @@ def jump(scheduler, running):
             forced[index] = ids
             budget -= len(ids) + 1
     gained = sum(len(ids) for ids in forced.values())
-    if not forced or gained < COST_IN_STEPS[scheduler.device] * len(running.reqs):
+    if not forced or gained < COST_IN_STEPS.get(scheduler.device, GPU_COST) * len(running.reqs):
         return None
     need = len(running.reqs) + gained  # KV slots
     evict_from_tree_cache(scheduler.tree_cache, need)
