@@ -5,7 +5,7 @@ SHELL := bash
 PYTHON ?=
 RUN = VENV=.venv; source ./env.sh &&
 
-.PHONY: help install install-v100 rehearse test test-all test-v100 lint format lock clean
+.PHONY: help install install-v100 rehearse reference test submission clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -32,6 +32,27 @@ rehearse: .venv/.installed  ## both jobs on the CPU: tiny model, shipped data, s
 test: .venv/.installed  ## every claim once, on real DeepSpeed, without a GPU or the hub
 	@$(RUN) python -P -m pytest -m 'not long'
 
+# Half a minute of training and one of inference; REHEARSAL names the folder of a rehearsal to hand in instead.
+reference: .venv/.installed  ## does this machine compute what the committed rehearsal did?
+	@$(RUN) python handout/reference.py
+
+TRAINED = $${REHEARSAL:+$$REHEARSAL/finetune}
+ANSWERED = $${REHEARSAL:+$$REHEARSAL/inference}
+submission: .venv/.installed  ## build/submission.zip: the files to hand in (REHEARSAL=rehearsal/runs/...: of that run)
+	@$(RUN) rm -rf build/submission; mkdir -p build/submission/{finetune,inference}; \
+	trained=$(TRAINED); answered=$(ANSWERED); \
+	cp "$${trained:-deepspeed/output_llama2_7b_lora}"/{adapter_model.safetensors,adapter_config.json,metrics.jsonl} \
+	    "$${trained:-deepspeed/output_llama2_7b_lora}"/{run_config.json,summary.json} build/submission/finetune && \
+	cp "$${answered:-sglang}"/{outputs.jsonl,outputs_all.json,summary.json} build/submission/inference && \
+	cd build/submission && python -m zipfile -c ../submission.zip finetune inference && echo build/submission.zip
+
+clean:  ## remove rehearsal runs and caches (not .venv, not your outputs)
+	rm -rf build/handout build/handout.zip rehearsal/runs .pytest_cache .ruff_cache .hypothesis
+	find deepspeed sglang rehearsal tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# Staff only
+.PHONY: test-all test-v100 lint format lock handout grade
+
 test-all: .venv/.installed  ## the long versions too
 	@$(RUN) python -P -m pytest
 
@@ -54,6 +75,9 @@ lock: .venv/.installed  ## resolve requirements.in into both locks
 	    | uv pip compile - -c .venv/constraints.txt -o deepspeed/requirements-v100.txt \
 	    --python-version 3.11 --no-annotate --no-header -q
 
-clean:  ## remove rehearsal runs and caches (not .venv, not your outputs)
-	rm -rf rehearsal/runs .pytest_cache .ruff_cache .hypothesis
-	find deepspeed sglang rehearsal tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+handout: .venv/.installed  ## build/handout/ and build/handout.zip, the students' version
+	@$(RUN) python handout/make_handout.py
+
+grade: .venv/.installed  ## points of SUBMISSION (a zip, a folder, or a folder of them), into build/grades/
+	@$(RUN) python handout/grade.py "$${SUBMISSION:-}"
+# End of staff only

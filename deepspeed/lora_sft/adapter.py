@@ -18,7 +18,7 @@ class AdapterError(RuntimeError):
 def live_tensors(engine) -> dict[str, torch.Tensor]:
     """The adapter's full tensors under the names of the saved file. Collective: call it on every rank.
 
-    Gathers LoRA tensors only (some 100 MB for rank 16), never the base.
+    Gathers LoRA tensors only (some 100 MB), never the base.
     """
     parameters = [p for name, p in engine.module.named_parameters() if "lora_" in name]
     with deepspeed.zero.GatheredParameters(parameters):

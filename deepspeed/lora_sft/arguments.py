@@ -64,21 +64,25 @@ class Arguments:
     deepspeed: str = str(FOLDER / "zero3.json")
     max_train_rows: int = 8000
     max_eval_rows: int = 500
-    max_seq_len: int = 1024
-    tokens_per_micro_batch: int = 4096
-    gradient_accumulation_steps: int = 1
-    num_train_epochs: float = 1.0
-    max_steps: int = -1
+    # Problem 1a: choose LoRA's rank, scale (alpha / r), dropout and the modules that get adapters, and what a forward
+    # pass may hold: tokens of a micro-batch (a multiple of --max_seq_len), and whether activations are recomputed.
+    # `--preflight_only` predicts the peak of two 16 GB GPUs, part by part.
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.05
     lora_target_modules: str = "all-linear"
+    tokens_per_micro_batch: int = 4096
+    gradient_checkpointing: bool = True
+    # End of problem 1a
+    max_seq_len: int = 1024
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: float = 1.0
+    max_steps: int = -1
     learning_rate: float = 2e-4
     warmup_ratio: float = 0.03
     lr_scheduler_type: str = "cosine"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    gradient_checkpointing: bool = True
     dtype: str = "auto"
     device: str = "cuda"
     num_gpus: int = 0
@@ -226,7 +230,8 @@ FILLED_BY_TRAINER = {
 def read_zero_config(path: str) -> dict:
     """The ZeRO JSON as a dict, with what Trainer fills in set to "auto". Raises UserError."""
     try:
-        config = json.loads(Path(path).read_text())
+        text = Path(path).read_text()
+        config = json.loads(text)
     except OSError as error:
         raise UserError(f"--deepspeed {path}: cannot be read ({error.strerror})") from error
     except json.JSONDecodeError as error:
@@ -238,6 +243,13 @@ def read_zero_config(path: str) -> dict:
     for key, flag in FILLED_BY_TRAINER.items():
         if key in config:
             raise UserError(f"--deepspeed {path}: remove '{key}'; it is set by {flag}")
+    for section in ("zero_optimization", "fp16", "bf16"):
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(f"--deepspeed {path}: {section} must be a JSON object")
+        for key, value in config.get(section, {}).items():
+            if isinstance(value, str) and value != "auto":
+                line = text[: text.find(f'"{key}"')].count("\n") + 1
+                raise UserError(f"--deepspeed {path}, line {line}: {key} must not be text, but is {value!r}")
     if config.get("zero_optimization", {}).get("stage") != 3:
         raise UserError(f"--deepspeed {path}: zero_optimization.stage must be 3 (the base model is sharded)")
     batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

@@ -196,8 +196,9 @@ def look_at_names(args: Arguments) -> None:
 def look_at_lora(args: Arguments, plan: dict, zero_config: dict) -> str:
     """Builds the model without memory ("meta") and counts. Fills plan: parameters, zero_config (resolved)."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from .lora import add_adapters
 
     config = AutoConfig.from_pretrained(plan["model_folder"])
     if args.max_seq_len > config.max_position_embeddings:
@@ -218,8 +219,7 @@ def look_at_lora(args: Arguments, plan: dict, zero_config: dict) -> str:
                 f"--lora_target_modules {name}: matches no module of the model; it has {', '.join(linear)}"
             )
     with torch.device("meta"):
-        lora = LoraConfig(task_type="CAUSAL_LM", r=args.lora_r, target_modules=args.lora_targets)
-        model = get_peft_model(model, lora)
+        model = add_adapters(model, args)
     lora_sizes = [p.numel() for name, p in model.named_parameters() if "lora_" in name]
     classes = {type(module).__name__ for module in model.modules()}
     leaf = zero_config["zero_optimization"].get("leaf_module", {}).get("classes", [])
@@ -258,8 +258,8 @@ def predict_memory(
 
     Bytes per token of a layer are those of Llama with LoRA on every linear layer, where dropout copies each
     adapter's input; 20 bytes per logit are the half-precision logits, their fp32 copy, log-softmax and both
-    gradients. Checked against 2 H200s (Llama-2-7B shape, fp16, rank 16): 13.96 GiB measured at 4,096 tokens
-    per micro-batch, 11.23 at 2,048; tests/test_preflight.py holds the prediction to 3 % of that.
+    gradients. tests/test_preflight.py holds the prediction to 3 % of what 2 H200s measured (Llama-2-7B's shape,
+    fp16).
     """
     size = 4 if plan["dtype"] == "fp32" else 2
     world, tokens = plan["world_size"], args.tokens_per_micro_batch

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -33,6 +32,7 @@ from workbench.files import disk_full, to_json, write_json
 from . import UserError, adapter, report, run_folder
 from .arguments import Arguments
 from .data import IGNORE, Document, Packed, pack, set_up_tokenizer
+from .lora import add_adapters
 from .ranks import STOPPED, StopRequest
 
 log = logging.getLogger("lora_sft")
@@ -110,19 +110,9 @@ def load_model(args: Arguments, plan: dict, tokenizer) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_pretrained(plan["model_folder"], dtype=dtype, attn_implementation="sdpa")
     model.config.use_cache = False  # with a cache, packed documents would see each other
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.enable_input_require_grads()  # a frozen embedding otherwise cuts checkpointed layers off the graph
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=args.lora_targets,
-        revision=plan["model_revision"],
-    )
     set_seed(args.seed)  # the same lora_A on every rank
-    # In the base's dtype: DeepSpeed keeps fp32 master weights anyway, and it scales the loss only if the
-    # trainable parameters are fp16 (PEFT's default would make them fp32, silently without loss scaling).
-    model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    model = add_adapters(model, args)
+    model.peft_config["default"].revision = plan["model_revision"]
     model.peft_config["default"].base_model_name_or_path = args.model_name_or_path
     return model
 

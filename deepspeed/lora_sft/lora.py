@@ -1,0 +1,25 @@
+"""LoRA on a frozen base: for the ranks on the partitioned model, for preflight on one without memory."""
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from .arguments import Arguments
+
+
+def add_adapters(model: PreTrainedModel, args: Arguments) -> PeftModel:
+    """Freezes `model` and adds to the linear layers that `args.lora_targets` names what trains instead: the pairs
+    lora_A [r, in] (random, from torch's generator) and lora_B [out, r] (zero), in the base's dtype."""
+    # Problem 1b: configure LoRA from the flags and wrap the model with it. Two things fail silently otherwise:
+    # checkpointed layers get no gradient as long as nothing that enters them wants one (the embedding is frozen),
+    # and DeepSpeed scales the loss only if what trains is fp16, so that adapters must keep the base's dtype.
+    model.enable_input_require_grads()
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_targets,
+    )
+    # DeepSpeed keeps fp32 master weights anyway; PEFT's default would make the adapters fp32.
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    # End of problem 1b

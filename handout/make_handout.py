@@ -1,0 +1,214 @@
+"""Makes the students' version of this repository: build/handout/ and build/handout.zip.
+
+    python handout/make_handout.py [--output_dir build]
+
+Solution and handout are one source. `# Problem 1b: what to do` opens a region, with comment lines that go on, and
+`# End of problem 1b` closes it: the comment stays, as a TODO, the lines below it go, and a line comes in that stops the
+program there. A region of fields (name: type = value) keeps their names. What lies between `# Staff only` and
+`# End of staff only` goes. Files in handout/starter/ replace the solution's of the same path, or join them.
+
+Reads the files that git tracks, as they are in the working tree. Exit codes: 0 done, 2 a marker is wrong or something
+of a solution would be left.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "common"))
+from workbench import UserError
+from workbench.flags import read_flags
+
+ASSIGNMENT = "handout/ASSIGNMENT.md"
+STARTER = "handout/starter/"
+# What goes to students: a file or folder that is not named here does not, so that nothing slips through.
+SHIPPED = (
+    *(".gitignore", "LICENSE", "Makefile", "env.sh", "pyproject.toml", "requirements.in", "requirements.txt"),
+    *("common/", "deepspeed/", "rehearsal/", "sglang/", ASSIGNMENT, STARTER),
+    *("tests/conftest.py", "tests/harness.py", "tests/test_problem1.py", "tests/test_problem2.py"),
+    *("handout/reference.py", "handout/reference/inference/"),
+)
+# The labs hold code like the one to be written; the assignment shows their figures.
+LEFT_OUT = ("sglang/radix_lab.py", "sglang/constrained_lab.py", "_figure.py")
+OPENS = re.compile(r"( *)# Problem (\d[a-z]): (.+)")
+FIELD = re.compile(r"\w+: (int|float|str|bool) = .+")
+STAFF = "# Staff only", "# End of staff only"
+TELLING = 14  # characters: shorter lines ("return result") are anybody's
+YEAR_0 = (1980, 1, 1, 0, 0, 0)  # of a zip: equal sources make equal bytes
+
+
+@dataclass
+class Flags:
+    output_dir: str = str(ROOT / "build")
+
+
+HELP = {"output_dir": "handout/ in it is made anew, handout.zip beside it"}
+
+
+@dataclass
+class Handout:
+    """The files by path, and what was taken out of them."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    solution: list[str] = field(default_factory=list)  # lines and values that must not appear anywhere
+    problems: list[str] = field(default_factory=list)
+
+
+def make() -> Handout:
+    """Raises UserError for markers that do not pair, links without a file, and leaks."""
+    handout = Handout()
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached"]
+    try:
+        tracked = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"{ROOT}: git does not list its files ({error}); clone the repository") from error
+    starter = {path.removeprefix(STARTER): path for path in tracked if path.startswith(STARTER)}
+    for path in tracked:
+        if (
+            path.startswith(SHIPPED)
+            and not path.endswith(LEFT_OUT)
+            and not path.startswith((STARTER, ASSIGNMENT))
+        ):
+            content = (ROOT / path).read_bytes()
+            if path in starter:
+                handout.solution += hidden_values(content, (ROOT / starter[path]).read_bytes())
+            else:
+                handout.files[path] = cut(path, content, handout)
+    handout.files |= {path: (ROOT / source).read_bytes() for path, source in starter.items()}
+    text = (ROOT / ASSIGNMENT).read_text()
+    for figure in re.findall(r"\]\(\.\./([^)]+)\)", text):
+        if not (ROOT / figure).is_file():
+            raise UserError(f"{ASSIGNMENT}: links to {figure}, which is not there")
+        handout.files.setdefault(figure, (ROOT / figure).read_bytes())
+    handout.files["README.md"] = text.replace("](../", "](").encode()
+    if found := leaks(handout.files, handout.solution):
+        raise UserError("something of a solution would be left: " + "; ".join(found[:5]))
+    return handout
+
+
+def cut(path: str, content: bytes, handout: Handout) -> bytes:
+    """The students' version of a file; what is taken out goes to `handout`. Raises UserError."""
+    if not re.search(rb"# (Problem \d|End of problem|Staff only|End of staff)", content):
+        return content
+    kept, region, problem = [], [], None
+    lines = content.decode().splitlines()
+    for number, line in enumerate(lines, start=1):
+        opens = OPENS.fullmatch(line)
+        closes = re.fullmatch(r" *# End of problem (\d[a-z])", line)
+        if (opens or line == STAFF[0]) and problem:
+            raise UserError(f"{path}, line {number}: opens a region inside of {problem}")
+        if opens:
+            indent, problem, hint = opens.groups()
+            kept.append(f"{indent}# TODO problem {problem}: {hint}")
+            region = []
+        elif closes or line == STAFF[1]:
+            if problem != (closes[1] if closes else "staff"):
+                raise UserError(f"{path}, line {number}: closes what was not opened")
+            if closes:
+                handout.problems.append(problem)
+                handout.solution += [
+                    stripped for stripped in map(str.strip, region) if len(stripped) >= TELLING
+                ]
+                kept += stub(indent, problem, region)
+            problem = None
+        elif line == STAFF[0]:
+            problem = "staff"
+        elif not problem:
+            kept.append(line)
+        elif problem != "staff":
+            if not region and line.lstrip().startswith("#"):
+                kept.append(line)  # the hint goes on
+            else:
+                region.append(line)
+    if problem:
+        raise UserError(f"{path}: the region of {problem} does not end")
+    return ("\n".join(kept) + "\n").encode()
+
+
+def stub(indent: str, problem: str, region: list[str]) -> list[str]:
+    """What stands in for a region: it stops the program and says where. Fields keep their names, with the zero of
+    their type, so that -h works."""
+    stops = ["from workbench.todo import todo", "", f'raise todo("{problem}")']
+    fields = [FIELD.fullmatch(line.strip()) for line in region]
+    if region and all(fields):
+        zero = {"int": "0", "float": "0.0", "str": '""', "bool": "False"}
+        kept = [f"{indent}{match[0].split(' = ')[0]} = {zero[match[1]]}" for match in fields]
+        kept += ["", f"{indent}def __post_init__(self) -> None:"]
+        return kept + [f"{indent}    {line}".rstrip() for line in stops] + [""]
+    return [f"{indent}{line}".rstrip() for line in stops]
+
+
+def hidden_values(solution: bytes, starter: bytes) -> list[str]:
+    """The solution's values of a JSON file where the students' file has a TODO."""
+
+    def differing(ours: object, theirs: object) -> list:
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            return [value for key in ours for value in differing(ours[key], theirs.get(key))]
+        return [] if ours == theirs else leaves(ours)
+
+    def leaves(value: object) -> list:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+        return [value] if inner is None else [leaf for item in inner for leaf in leaves(item)]
+
+    values = map(str, differing(json.loads(solution), json.loads(starter)))
+    return [value for value in values if len(value) > 5]  # true, false and short numbers are anybody's
+
+
+def leaks(files: dict[str, bytes], solution: list[str]) -> list[str]:
+    """Which lines and values of the solution stand in which file; digits may be grouped (1_000, 1,000)."""
+    patterns = {
+        line: re.compile(rf"(?<!\w){line}(?!\w)" if line.isalnum() else re.escape(line)) for line in solution
+    }
+    found = []
+    for path, content in files.items():
+        text = re.sub(r"(?<=\d)[_,](?=\d)", "", content.decode(errors="replace"))
+        found += [f"{path} has {line!r}" for line, pattern in patterns.items() if pattern.search(text)]
+    return found
+
+
+def write(handout: Handout, folder: Path) -> None:
+    """folder/handout/ and folder/handout.zip, each in place of an older one."""
+    shutil.rmtree(folder / "handout", ignore_errors=True)
+    temporary = folder / "handout.zip.tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path, content in sorted(handout.files.items()):
+            out = folder / "handout" / path
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_bytes(content)
+            mode = 0o755 if path.endswith(".sh") else 0o644
+            out.chmod(mode)
+            entry = zipfile.ZipInfo(f"handout/{path}", YEAR_0)
+            entry.compress_type, entry.external_attr, entry.create_system = zipfile.ZIP_DEFLATED, mode << 16, 3
+            archive.writestr(entry, content)
+    temporary.replace(folder / "handout.zip")
+
+
+def main(argv: list[str]) -> int:
+    try:
+        description = "Makes the students' version of this repository."
+        flags = Flags(**read_flags(argv, Flags, HELP, {}, prog="make_handout.py", description=description))
+        folder = Path(flags.output_dir).absolute()
+        handout = make()
+        write(handout, folder)
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    size_kib = (folder / "handout.zip").stat().st_size / 1024
+    print(f"problems     {', '.join(sorted(handout.problems))} in the sources, {STARTER} beside them")
+    print(f"handout      {folder / 'handout'}: {len(handout.files)} files")
+    print(f"zip          {folder / 'handout.zip'}: {size_kib:,.0f} KiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
