@@ -79,5 +79,5 @@ handout: .venv/.installed  ## build/handout/ and build/handout.zip, the students
 	@$(RUN) python handout/make_handout.py
 
 grade: .venv/.installed  ## points of SUBMISSION (a zip, a folder, or a folder of them), into build/grades/
-	@$(RUN) python handout/grade.py "$${SUBMISSION:-}"
+	@$(RUN) python handout/grade.py --submission "$${SUBMISSION:-}"
 # End of staff only

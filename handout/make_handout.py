@@ -20,11 +20,11 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "common"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
 from workbench import UserError
 from workbench.flags import read_flags
 
+ROOT = Path(__file__).resolve().parent.parent
 ASSIGNMENT = "handout/ASSIGNMENT.md"
 STARTER = "handout/starter/"
 # What goes to students: a file or folder that is not named here does not, so that nothing slips through.

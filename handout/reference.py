@@ -20,12 +20,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT / "sglang"), str(ROOT / "common")]
+sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "sglang"))
 from workbench import UserError
 from workbench.files import write_json
 from workbench.flags import read_flags
 
+ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "handout" / "reference"
 FILES = {
     "finetune": ("metrics.jsonl", "run_config.json", "summary.json"),
@@ -71,6 +72,7 @@ def finetune(folder: Path) -> dict:
 def inference(folder: Path) -> dict:
     """Answers the shipped instructions with the tiny base model; returns the fingerprint. Raises UserError."""
     import run_sglang
+
     from batch_infer import prompts
     from batch_infer.arguments import TINY_MODEL, parse
     from batch_infer.records import PartialFile

@@ -49,8 +49,8 @@ def read_rows(path: Path, problems: list[str]) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"line {number}: not valid JSON ({error.msg})")
+        except (ValueError, RecursionError) as error:
+            problems.append(f"line {number}: not valid JSON ({getattr(error, 'msg', error)})")
             row = {}
         if not isinstance(row, dict):
             problems.append(f"line {number}: not an object")
@@ -68,7 +68,7 @@ def beside(path: Path, name: str) -> object:
     """A JSON file in the folder of `path`, or None."""
     try:
         return json.loads((path.parent / name).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -1,0 +1,577 @@
+"""Grades one submission, or every submission in a folder.
+
+    python handout/grade.py --submission PATH [--output_dir build/grades] [--prompts tatsu-lab/alpaca_eval]
+
+A submission is a zip or a folder with finetune/ and inference/ (handout/submissions.py); PATH may be a folder of them. Points
+come in two columns. *Checked*: what the files themselves show. *Self-reported*: what the student's run says of itself;
+provisional, listed for staff, and withdrawn when the run's own files contradict each other. A rehearsal on the CPU is
+graded by the same table, with the tiny model's shapes, the shipped instructions, fp32 and host memory in place of the
+GPU's; its points are shown apart and do not count.
+
+Writes NAME/grade.json for each submission and, for a folder, grades.csv into --output_dir. Every submission is graded
+in a process of its own with bounded memory and time. Exit codes: 0 graded, 2 there is nothing to grade.
+"""
+
+import csv
+import json
+import math
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "deepspeed"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "sglang"))
+import check_outputs
+from submissions import FOLDERS, Refused, Submission, printable
+
+from batch_infer import prompts
+from batch_infer.arguments import Arguments as Inference
+from lora_sft import report
+from workbench import UserError
+from workbench.files import write_json
+from workbench.flags import read_flags
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKED, REPORTED = "checked", "self-reported"
+PEAK_GIB = 16e9 / 2**30  # 16 GB: what is left of a card of 16 GiB is CUDA's own
+MOST_S = 15 * 60
+ALL_RECORDS = 805
+DEGENERATE_SHARE = 0.1
+# Norms of a trained lora_B differ by tens of percent between layers; those of random numbers of one scale by a few.
+LEAST_SPREAD = 0.05
+MEMORY_BYTES, GRADING_S = 6 * 2**30, 300
+# (layers, hidden, inner) of the models whose adapters are known.
+LLAMA_2_7B, TINY_LLAMA = (32, 4096, 11008), (4, 128, 384)
+KEY = re.compile(
+    r"base_model\.model\.model\.layers\.(\d+)\."
+    r"((?:self_attn\.(?:q|k|v|o)|mlp\.(?:gate|up|down))_proj)\.lora_([AB])\.weight",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    problem: int
+    name: str
+    column: str
+    text: str
+    points: int = 1
+
+
+CRITERIA = (
+    Criterion(
+        1, "adapter_keys", CHECKED, "the adapter has lora_A and lora_B for the same modules of every layer"
+    ),
+    Criterion(
+        1, "adapter_shapes", CHECKED, "their shapes are those of Llama-2-7B at the rank of adapter_config.json"
+    ),
+    Criterion(1, "adapter_trained", CHECKED, "no lora_B is zero, and their norms are not all alike"),
+    Criterion(1, "memory", REPORTED, "fp16, or bf16 where the GPU has it, and a peak of at most 16 GB"),
+    Criterion(1, "learning", REPORTED, "the training loss fell and the perplexity improved"),
+    Criterion(
+        2, "rows", CHECKED, "`outputs.jsonl` holds every 10th record: 81 rows that `check_outputs.py` accepts"
+    ),
+    Criterion(2, "instructions", CHECKED, "text and order of the instructions are AlpacaEval's"),
+    Criterion(2, "answers", CHECKED, "at most a tenth of the answers is empty, loops or repeats another one"),
+    Criterion(2, "time", REPORTED, "all 805 records are answered, in less than 15 minutes from start to end"),
+    Criterion(2, "radix_cache", REPORTED, "RadixAttention is on and was hit"),
+)
+
+
+@dataclass
+class Flags:
+    submission: str = ""
+    output_dir: str = str(ROOT / "build" / "grades")
+    prompts: str = Inference.prompts
+
+
+HELP = {
+    "submission": "a zip, a folder, or a folder of them",
+    "output_dir": "NAME/grade.json and grades.csv go here",
+    "prompts": "the 805 instructions: hub data set or file, as run_sglang.py takes them",
+}
+
+
+Verdict = tuple[bool, str]  # is it met, and why
+
+
+@dataclass
+class Problem:
+    """What was found out about one problem."""
+
+    rehearsal: bool = False
+    verdicts: dict[str, Verdict] = field(default_factory=dict)  # by criterion
+    contradictions: list[str] = field(default_factory=list)  # between the self-reported files
+
+    def judge(self, *names: str, by: Callable[[], Verdict]) -> None:
+        """Each of the criteria `names` gets what `by` returns; none is met if it finds a file that cannot be read
+        or whose values are not what the programs write."""
+        try:
+            verdict = by()
+        except Refused as refused:
+            verdict = (False, str(refused))
+        except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RecursionError) as error:
+            verdict = (False, f"not as the program writes it: {printable(repr(error))}")
+        self.verdicts |= dict.fromkeys(names, verdict)
+
+
+# --- problem 1 ----------------------------------------------------------------------------------------
+
+
+def grade_finetune(submission: Submission) -> Problem:
+    problem = Problem()
+    tensors: dict[str, np.ndarray] = {}
+    ranks: list[object] = []  # as the adapter's and the run's files tell
+
+    def keys() -> Verdict:
+        config = submission.object("finetune", "adapter_config.json")
+        tensors.update(submission.tensors("finetune", "adapter_model.safetensors"))
+        ranks.append(config.get("r"))
+        return check_keys(tensors, config.get("target_modules"))
+
+    problem.judge("adapter_keys", "adapter_shapes", "adapter_trained", by=keys)
+    if problem.verdicts["adapter_keys"][0]:
+        problem.rehearsal = len({KEY.fullmatch(key)[1] for key in tensors}) == TINY_LLAMA[0]
+        model = TINY_LLAMA if problem.rehearsal else LLAMA_2_7B
+        problem.judge("adapter_shapes", by=lambda: check_shapes(tensors, ranks[0], model))
+        problem.judge("adapter_trained", by=lambda: check_trained(tensors))
+
+    def reported() -> Verdict:
+        config = submission.object("finetune", "run_config.json")
+        summary = submission.object("finetune", "summary.json")
+        rows = submission.rows("finetune", "metrics.jsonl")
+        on_cpu = config["arguments"]["device"] == "cpu"
+        problem.contradictions = training_contradictions(rows, config, summary)
+        if ranks and ranks[0] != config["arguments"]["lora_r"]:
+            problem.contradictions.append("run_config.json and adapter_config.json name different ranks")
+        if problem.verdicts["adapter_keys"][0] and on_cpu != problem.rehearsal:
+            problem.contradictions.append("run_config.json and the adapter are of different models")
+        problem.rehearsal = problem.rehearsal or on_cpu
+        problem.judge("memory", by=lambda: check_memory(summary, config["plan"], on_cpu))
+        return check_learning(rows, summary)
+
+    problem.judge("memory", by=lambda: (False, "run_config.json, summary.json or metrics.jsonl cannot be read"))
+    problem.judge("learning", by=reported)
+    return problem
+
+
+def check_keys(tensors: dict[str, np.ndarray], targets: object) -> Verdict:
+    found: dict[int, set] = {}
+    for key in tensors:
+        match = KEY.fullmatch(key)
+        if match is None:
+            return False, f"{printable(key)} is not a LoRA tensor of a Llama layer"
+        found.setdefault(int(match[1]), set()).add((match[2], match[3]))
+    modules = {module for module, _ in found.get(0, ())}
+    pairs = {(module, side) for module in modules for side in "AB"}
+    if not pairs or found != dict.fromkeys(range(len(found)), pairs):
+        return False, "lora_A and lora_B are not there for the same modules of every layer"
+    if isinstance(targets, list) and set(map(str, targets)) != {module.split(".")[1] for module in modules}:
+        return False, f"adapter_config.json has other target_modules: {printable(targets)}"
+    if len(found) not in (LLAMA_2_7B[0], TINY_LLAMA[0]):
+        return False, f"{len(found)} layers; Llama-2-7B has {LLAMA_2_7B[0]}"
+    return True, f"{len(tensors)} tensors, {len(modules)} modules in each of {len(found)} layers"
+
+
+def check_shapes(tensors: dict[str, np.ndarray], rank: object, model: tuple[int, int, int]) -> Verdict:
+    _, hidden, inner = model
+    for key, tensor in tensors.items():
+        module, side = KEY.fullmatch(key).groups()[1:]
+        width = inner if module == ("mlp.down_proj" if side == "A" else "mlp.gate_proj") else hidden
+        width = inner if side == "B" and module == "mlp.up_proj" else width
+        expected = (rank, width) if side == "A" else (width, rank)
+        if tensor.shape != expected:
+            return False, f"{key} is {tensor.shape}, expected {printable(expected)}"
+    return True, f"rank {rank} in all of them"
+
+
+def check_trained(tensors: dict[str, np.ndarray]) -> Verdict:
+    sizes = []
+    for key, tensor in tensors.items():
+        if not (tensor.size and np.isfinite(tensor).all()):
+            return False, f"{key} is empty or has values that are not finite"
+        if "lora_B" in key:
+            sizes.append(float(np.sqrt(np.mean(tensor.astype(np.float64) ** 2))))
+            if sizes[-1] == 0:
+                return False, f"{key} is zero: it has learnt nothing"
+    spread = float(np.std(sizes) / np.mean(sizes))
+    if spread < LEAST_SPREAD:
+        return False, f"every lora_B has the same norm (they differ by {spread:.1%}): not from training"
+    return True, f"norms of lora_B differ by {spread:.0%}"
+
+
+def training_contradictions(rows: list[dict], config: dict, summary: dict) -> list[str]:
+    """Where metrics.jsonl, run_config.json and summary.json cannot be of one run."""
+    plan, arguments = config["plan"], config["arguments"]
+    found = []
+
+    def expect(what: str, told: object, computed: object) -> None:
+        numbers = all(
+            isinstance(value, int | float) and not isinstance(value, bool) for value in (told, computed)
+        )
+        same = math.isclose(told, computed, rel_tol=1e-6) if numbers else told == computed
+        if not same:
+            found.append(f"{what}: {printable(told, 40)} told, {printable(computed, 40)} computed")
+
+    recomputed = report.summarise(rows, plan, bool(arguments["gradient_checkpointing"]))
+    for name, value in recomputed.items():
+        expect(f"summary.json {name}", summary[name], value)
+    expect("steps of metrics.jsonl", [row["step"] for row in rows], list(range(1, len(rows) + 1)))
+    for row in rows:
+        rate = row["real_tokens"] / plan["world_size"] / row["step_time_s"]
+        expect(f"tokens/s of step {row['step']}", row["tokens_per_s_per_gpu"], rate)
+    for when in ("before", "after"):
+        expect(f"perplexity_{when}", summary[f"perplexity_{when}"], math.exp(summary[f"eval_loss_{when}"]))
+    for name in ("dtype", "gpu_name", "world_size", "predicted_peak_gib"):
+        expect(f"summary.json {name}", summary[name], plan[name])
+    expect("train_rows", summary["train_rows"], plan["train"]["documents"])
+    peaks = [row["peak_reserved_gib"] for row in rows if row["peak_reserved_gib"] is not None]
+    if (summary["peak_reserved_gib"] or 0) < max(peaks, default=0):
+        found.append("summary.json peak_reserved_gib is below a step's")
+    if arguments["max_steps"] < 0:
+        rows_per_step = plan["world_size"] * arguments["gradient_accumulation_steps"]
+        rows_per_step *= arguments["tokens_per_micro_batch"] // arguments["max_seq_len"]
+        epochs = arguments["num_train_epochs"]
+        expect("steps x batch", len(rows), math.ceil(epochs * plan["train"]["packed_rows"] / rows_per_step))
+        if epochs == int(epochs):
+            expect("train_tokens", summary["train_tokens"], epochs * plan["train"]["real_tokens"])
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
+    if summary["eval_loss_after"] < 0.8 * min(losses):
+        found.append("eval_loss_after is far below every training loss")
+    return found
+
+
+def check_memory(summary: dict, plan: dict, on_cpu: bool) -> Verdict:
+    dtype, capability = summary["dtype"], plan["capability"]
+    fits = (
+        dtype == "fp32" if on_cpu else dtype == "fp16" or (dtype == "bf16" and list(capability) >= [8, 0])
+    )  # the programs' own rule
+    if not fits:
+        return False, f"{printable(dtype)} on {printable(summary['gpu_name'])}"
+    peak_gib = summary["peak_host_rss_gib" if on_cpu else "peak_reserved_gib"]
+    where = (
+        "host memory, the GPU's is not known here"
+        if on_cpu
+        else f"GPU memory ({printable(summary['gpu_name'])})"
+    )
+    return 0 < peak_gib <= PEAK_GIB, f"{dtype}, {peak_gib:.2f} GiB of {where}, at most {PEAK_GIB:.2f}"
+
+
+def check_learning(rows: list[dict], summary: dict) -> Verdict:
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
+    quarter = max(1, len(losses) // 4)
+    first, last = (statistics.fmean(part) for part in (losses[:quarter], losses[-quarter:]))
+    before, after = summary["perplexity_before"], summary["perplexity_after"]
+    text = f"loss {first:.3f} -> {last:.3f} (first and last quarter), perplexity {before:.2f} -> {after:.2f}"
+    return last < first and 0 < after < before, text
+
+
+# --- problem 2 ----------------------------------------------------------------------------------------
+
+
+def grade_inference(submission: Submission, alpaca_eval: list[str] | UserError) -> Problem:
+    """`alpaca_eval`: the instructions, or why they are not to be had."""
+    problem = Problem()
+    shipped = [record.instruction for record in prompts.read(ROOT / "rehearsal" / "instructions.json")]
+    rows: list[dict] = []
+    files: dict[str, object] = {}  # the optional ones beside outputs.jsonl, as far as they can be read
+
+    def read() -> Verdict:
+        text = submission.text("inference", "outputs.jsonl")
+        for name, check in (("outputs_all.json", check_array), ("summary.json", check_counts)):
+            problem.judge(
+                name, by=lambda name=name, check=check: check(submission.json("inference", name), files, name)
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "outputs.jsonl"
+            path.write_text(text, encoding="utf-8")
+            for name, value in files.items():
+                write_json(path.with_name(name), value)
+            found = check_outputs.check(path, len(range(0, ALL_RECORDS, check_outputs.EVERY)))
+        rows.extend(found["rows"])
+        problem.rehearsal = bool({row["instruction"] for row in rows} & set(shipped))
+        wanted = len(range(0, len(shipped) if problem.rehearsal else ALL_RECORDS, check_outputs.EVERY))
+        if len(rows) != wanted:
+            return False, f"{len(rows)} rows, expected {wanted}"
+        told = [text for text in found["problems"] if not text.startswith(f"{len(rows)} rows, expected")]
+        return not told, printable("; ".join(told[:3])) if told else f"{len(rows)} rows in order"
+
+    problem.judge("rows", "instructions", "answers", by=read)
+    if rows:
+        wanted = shipped if problem.rehearsal else alpaca_eval
+        problem.judge("instructions", by=lambda: check_instructions(rows, wanted))
+        problem.judge("answers", by=lambda: check_answers(rows))
+
+    def reported() -> Verdict:
+        summary = files.get("summary.json")
+        if summary is None:
+            return problem.verdicts.get("summary.json", problem.verdicts["rows"])
+        problem.contradictions = inference_contradictions(summary, files.get("outputs_all.json"), rows)
+        if (summary["settings"]["arguments"]["device"] == "cpu") != problem.rehearsal:
+            problem.contradictions.append("summary.json and the instructions are of different runs")
+        problem.judge("radix_cache", by=lambda: check_radix(summary))
+        return check_time(summary, len(shipped) if problem.rehearsal else ALL_RECORDS)
+
+    problem.judge("radix_cache", by=lambda: (False, "summary.json cannot be read"))
+    problem.judge("time", by=reported)
+    return problem
+
+
+def check_array(value: object, files: dict, name: str) -> Verdict:
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise Refused(f"inference/{name}: not an array of objects")
+    files[name] = value
+    return True, ""
+
+
+def check_counts(value: object, files: dict, name: str) -> Verdict:
+    """What check_outputs.py takes from summary.json."""
+    whole = isinstance(value["records"], int) and all(isinstance(index, int) for index in value["truncated"])
+    if not whole or not all(isinstance(failure["index"], int) for failure in value["failures"]):
+        raise Refused(f"inference/{name}: records, failures or truncated are not as the program writes them")
+    for failure in value["failures"]:
+        failure["reason"] = printable(failure["reason"])
+    files[name] = value
+    return True, ""
+
+
+def check_instructions(rows: list[dict], wanted: list[str] | UserError) -> Verdict:
+    if isinstance(wanted, UserError):
+        return False, f"cannot be judged here: {wanted}"
+    wanted = wanted[:: check_outputs.EVERY]
+    told = [row["instruction"] for row in rows]
+    if told == wanted:
+        return True, f"{len(wanted)} instructions, text and order"
+    first = next(
+        (i for i, (a, b) in enumerate(zip(told, wanted, strict=False)) if a != b), min(len(told), len(wanted))
+    )
+    return False, f"line {first + 1} is not the instruction of record {first * check_outputs.EVERY}"
+
+
+def check_answers(rows: list[dict]) -> Verdict:
+    texts = [row["output"].strip() for row in rows]
+    empty, looping = sum(not text for text in texts), sum(map(check_outputs.loops, texts))
+    repeated = len(texts) - len(set(texts)) - max(0, empty - 1)
+    bad = empty + looping + repeated
+    return bad <= DEGENERATE_SHARE * len(
+        rows
+    ), f"{empty} empty, {looping} looping, {repeated} repeated of {len(rows)}"
+
+
+def inference_contradictions(summary: dict, everything: list[dict] | None, rows: list[dict]) -> list[str]:
+    """Where summary.json contradicts itself or the answers."""
+    answered = summary["records"] - summary["failed_records"]
+    told = {
+        "prefix_hit_rate": summary["cached_prompt_tokens"] / summary["prompt_tokens"],
+        "computed_prompt_tokens": summary["prompt_tokens"] - summary["cached_prompt_tokens"],
+        "cap_hit_share": len(summary["truncated"]) / answered,
+        "failed_records": len(summary["failures"]),
+    }
+    if summary["answered_in_this_start"] == summary["records"]:
+        told["tokens_per_s"] = summary["output_tokens"] / summary["generate_s"]
+    found = [
+        name
+        for name, value in told.items()
+        if not math.isclose(summary[name], value, rel_tol=1e-6, abs_tol=1e-9)
+    ]
+    found = [
+        f"summary.json {name}: {printable(summary[name], 40)} told, {told[name]:g} computed" for name in found
+    ]
+    if summary["load_s"] + summary["compile_s"] + summary["generate_s"] > summary["wall_s"]:
+        found.append("loading and generating took longer than the whole run")
+    if everything is None:
+        return [*found, "there is no outputs_all.json beside it"]
+    if len(everything) != summary["records"]:
+        found.append(f"{len(everything)} records in outputs_all.json, {printable(summary['records'], 40)} told")
+    if [row.get("output") for row in everything[:: check_outputs.EVERY]] != [row["output"] for row in rows]:
+        found.append("outputs.jsonl and outputs_all.json hold different answers")
+    if not 0.2 < sum(len(row["output"]) for row in everything) / summary["output_tokens"] < 20:
+        found.append("output_tokens do not fit the length of the answers")
+    return found
+
+
+def check_time(summary: dict, records: int) -> Verdict:
+    resumed = summary["answered_in_this_start"] != summary["records"]
+    text = (
+        f"{summary['wall_s']:.0f} s for {summary['records'] - summary['failed_records']} of {records} records"
+    )
+    text += ", the last start only: the run was resumed" if resumed else ""
+    complete = summary["records"] == records and not summary["failed_records"]
+    return complete and 0 < summary["wall_s"] < MOST_S, text
+
+
+def check_radix(summary: dict) -> Verdict:
+    if summary["settings"]["engine_args"].get("disable_radix_cache"):
+        return False, "disable_radix_cache is set"
+    share = summary["prefix_hit_rate"]
+    return summary["cached_prompt_tokens"] > 0, f"{share:.1%} of the prompt tokens came from the radix tree"
+
+
+# --- points -------------------------------------------------------------------------------------------
+
+
+def grade(path: Path, alpaca_eval: list[str] | UserError) -> dict:
+    """The content of grade.json."""
+    try:
+        submission = Submission(path)
+        problems = {1: grade_finetune(submission), 2: grade_inference(submission, alpaca_eval)}
+    except Refused as refused:
+        return nothing(path, str(refused))
+    lines = []
+    for criterion in CRITERIA:
+        problem = problems[criterion.problem]
+        met, reason = problem.verdicts[criterion.name]
+        status = "earned" if met else "not earned"
+        if met and criterion.column == REPORTED:
+            status = "withdrawn" if problem.contradictions else "provisional"
+        if status == "withdrawn":
+            reason = f"{reason}; but {problem.contradictions[0]}"
+        points = criterion.points if status in ("earned", "provisional") else 0
+        lines.append(asdict(criterion) | {"points": points, "of": criterion.points, "status": status, "reason": reason,
+                                          "rehearsal": problem.rehearsal})  # fmt: skip
+    return total(path, lines, {number: problem.contradictions for number, problem in problems.items()})
+
+
+def total(path: Path, lines: list[dict], contradictions: dict[int, list[str]]) -> dict:
+    """`lines`: one a criterion. Points of a rehearsal are summed apart."""
+
+    def points(rehearsal: bool = False, **where: object) -> int:
+        chosen = [line for line in lines if line["rehearsal"] == rehearsal]
+        return sum(line["points"] for line in chosen if where.items() <= line.items())
+
+    return {
+        "submission": printable(path.name),
+        "points": points(),
+        "problem_1": points(problem=1),
+        "problem_2": points(problem=2),
+        "checked": points(column=CHECKED),
+        "provisional": points(column=REPORTED),
+        "rehearsal_points": points(rehearsal=True),
+        "criteria": lines,
+        "contradictions": contradictions,
+    }
+
+
+def nothing(path: Path, reason: str) -> dict:
+    lines = [asdict(criterion) | {"points": 0, "of": criterion.points, "status": "not earned", "reason": reason,
+                                  "rehearsal": False} for criterion in CRITERIA]  # fmt: skip
+    return total(path, lines, {})
+
+
+def grade_apart(path: Path, alpaca_eval: list[str] | UserError, out: Path) -> dict:
+    """`grade` in a process with bounded memory and time, so that no submission can end the grading of the next."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+
+    def run() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES,) * 2)
+        try:
+            result = grade(path, alpaca_eval)
+        except MemoryError:
+            result = nothing(path, f"more than {MEMORY_BYTES / 2**30:.0f} GiB would be needed to read it")
+        write_json(out / "grade.json", result)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(GRADING_S)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    if not (out / "grade.json").exists():
+        write_json(
+            out / "grade.json", nothing(path, f"could not be graded within {GRADING_S} s, or the grader failed")
+        )
+    return json.loads((out / "grade.json").read_text())
+
+
+def show(result: dict) -> None:
+    most = sum(criterion.points for criterion in CRITERIA)
+    print(
+        f"{result['submission']}: {result['points']} of {most} points, {result['provisional']} of them provisional"
+    )
+    if any(line["rehearsal"] for line in result["criteria"]):
+        count = sum(line["of"] for line in result["criteria"] if line["rehearsal"])
+        print(f"  rehearsal on the CPU: {result['rehearsal_points']} of {count} points, which do not count")
+    for line in result["criteria"]:
+        print(
+            f"  {line['points']} of {line['of']}  {line['problem']} {line['name']:16} {line['status']:12} {line['reason']}"
+        )
+
+
+def write_csv(path: Path, results: list[dict]) -> None:
+    """A row a submission: totals, then every criterion's points, then what staff should look at."""
+    totals = ("submission", "points", "problem_1", "problem_2", "checked", "provisional", "rehearsal_points")
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="") as out:
+        table = csv.writer(out)
+        table.writerow([*totals, *(criterion.name for criterion in CRITERIA), "for_staff"])
+        for result in results:
+            remarks = [f"{line['name']} {line['status']}: {line['reason']}" for line in result["criteria"]
+                       if line["status"] in ("provisional", "withdrawn")]  # fmt: skip
+            row = [*(result[name] for name in totals), *(line["points"] for line in result["criteria"])]
+            # A spreadsheet would run what begins like a formula.
+            table.writerow([re.sub(r"^(?=[=+@-])", "'", str(cell)) for cell in (*row, " | ".join(remarks))])
+    temporary.replace(path)
+
+
+def submissions_in(path: Path) -> list[Path] | None:
+    """The submissions of a folder of them; None if `path` is one itself."""
+    if not path.is_dir() or any(
+        (path / base.split("/")[0]).exists() for names in FOLDERS.values() for base in names
+    ):
+        return None
+    return sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+
+
+def main(argv: list[str]) -> int:
+    try:
+        description = "Grades one submission (a zip or a folder), or every submission in a folder."
+        flags = Flags(**read_flags(argv, Flags, HELP, {}, prog="grade.py", description=description))
+        if not flags.submission:
+            raise UserError(
+                "name what is to be graded: make grade SUBMISSION=path (a zip, a folder, a folder of them)"
+            )
+        path, out = Path(flags.submission).absolute(), Path(flags.output_dir).absolute()
+        if not path.exists():
+            raise UserError(f"--submission {path}: no such file or folder")
+        several = submissions_in(path)
+        if several == []:
+            raise UserError(f"--submission {path}: an empty folder")
+        alpaca_eval = instructions(flags.prompts)
+        results = []
+        for submission in [path] if several is None else several:
+            results.append(grade_apart(submission, alpaca_eval, out / printable(submission.name)))
+            show(results[-1])
+        if several is not None:
+            write_csv(out / "grades.csv", results)
+            print(f"{len(results)} submissions: {out / 'grades.csv'}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def instructions(where: str) -> list[str] | UserError:
+    """AlpacaEval's; the error if they cannot be had, which rehearsals do not need."""
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "10")
+    try:
+        return [record.instruction for record in prompts.read(prompts.find(Inference(prompts=where))[0])]
+    except UserError as error:
+        print(f"WARNING: {error}; only rehearsals can get the points for their instructions")
+        return error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
