@@ -48,8 +48,9 @@ PEAK_GIB = 16e9 / 2**30  # 16 GB: what is left of a card of 16 GiB is CUDA's own
 MOST_S = 15 * 60
 ALL_RECORDS = 805
 DEGENERATE_SHARE = 0.1
-# Norms of a trained lora_B differ by tens of percent between layers; those of random numbers of one scale by a few.
-LEAST_SPREAD = 0.05
+# How much the norms of a module's lora_B differ between the layers, in units of what equally many normal random numbers
+# of one scale do, 1 / sqrt(2 n): 34 steps of the tiny model give 3.5.
+LEAST_SPREAD = 2
 MEMORY_BYTES, GRADING_S = 6 * 2**30, 300
 # (layers, hidden, inner) of the models whose adapters are known.
 LLAMA_2_7B, TINY_LLAMA = (32, 4096, 11008), (4, 128, 384)
@@ -197,18 +198,21 @@ def check_shapes(tensors: dict[str, np.ndarray], rank: object, model: tuple[int,
 
 
 def check_trained(tensors: dict[str, np.ndarray]) -> Verdict:
-    sizes = []
+    norms: dict[str, list[float]] = {}  # of lora_B, by module
+    by_chance: dict[str, float] = {}
     for key, tensor in tensors.items():
         if not (tensor.size and np.isfinite(tensor).all()):
             return False, f"{key} is empty or has values that are not finite"
-        if "lora_B" in key:
-            sizes.append(float(np.sqrt(np.mean(tensor.astype(np.float64) ** 2))))
-            if sizes[-1] == 0:
+        module, side = KEY.fullmatch(key).groups()[1:]
+        if side == "B":
+            norms.setdefault(module, []).append(float(np.linalg.norm(tensor.astype(np.float64))))
+            by_chance[module] = 1 / math.sqrt(2 * tensor.size)
+            if norms[module][-1] == 0:
                 return False, f"{key} is zero: it has learnt nothing"
-    spread = float(np.std(sizes) / np.mean(sizes))
-    if spread < LEAST_SPREAD:
-        return False, f"every lora_B has the same norm (they differ by {spread:.1%}): not from training"
-    return True, f"norms of lora_B differ by {spread:.0%}"
+    spread = {module: statistics.pstdev(values) / statistics.fmean(values) for module, values in norms.items()}
+    times = statistics.fmean(spread[module] / by_chance[module] for module in norms)
+    text = f"norms of lora_B differ by {statistics.fmean(spread.values()):.1%} between the layers"
+    return times >= LEAST_SPREAD, text + f", {times:.1f} times what random numbers do"
 
 
 def training_contradictions(rows: list[dict], config: dict, summary: dict) -> list[str]:
@@ -565,7 +569,7 @@ def main(argv: list[str]) -> int:
 
 def instructions(where: str) -> list[str] | UserError:
     """AlpacaEval's; the error if they cannot be had, which rehearsals do not need."""
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "10")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # 60 submissions must not wait for a network that is not there
     try:
         return [record.instruction for record in prompts.read(prompts.find(Inference(prompts=where))[0])]
     except UserError as error:
