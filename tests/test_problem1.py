@@ -1,0 +1,97 @@
+"""Problem 1, as students can check it: `python -P -m pytest tests/test_problem1.py`."""
+
+import json
+
+import pytest
+
+from harness import ROOT, fork
+from lora_sft import preflight
+from lora_sft.arguments import parse, read_zero_config
+
+LAYER = 4 * 4096 * 4096 + 3 * 4096 * 11008  # elements of a layer of Llama-2-7B
+CARD_GIB = 14.6  # what a card of 16 GB leaves to PyTorch
+
+
+def in_child(function, tmp_path) -> None:
+    """torch computes in children only (harness.py)."""
+
+    def run() -> int:
+        function()
+        return 0
+
+    code, text = fork(run, tmp_path / "child.txt").wait()
+    assert code == 0, text
+
+
+def test_1a_1c_training_fits_into_two_cards_of_16_gb(libraries, tmp_path):
+    """Llama-2-7B in fp16, as `--preflight_only` predicts it."""
+    args = parse([])
+    zero_config = read_zero_config(args.deepspeed)
+    plan = {"dtype": "fp16", "world_size": 2, "gpu_limit_gib": CARD_GIB, "gpu_free_gib": None}
+    plan["model_folder"] = str(tmp_path)
+
+    def predict():
+        from transformers import LlamaConfig
+
+        LlamaConfig().save_pretrained(tmp_path)  # its defaults are Llama-2-7B's shape
+        preflight.look_at_lora(args, plan, zero_config)
+        preflight.judge_memory(args, plan)
+
+    in_child(predict, tmp_path)
+
+
+def test_1a_a_micro_batch_fills_the_room_there_is():
+    """Every micro-batch gathers the whole model: below 2,048 tokens the gathers take most of the time."""
+    assert parse([]).tokens_per_micro_batch >= 2048
+
+
+def test_1b_only_adapters_train_and_they_get_gradients(libraries, tiny_model, tmp_path):
+    def look():
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from lora_sft.lora import add_adapters
+
+        args = parse(["--lora_r", "4", "--lora_target_modules", "q_proj,down_proj"])
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model = add_adapters(model, args)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert len(trained) == 4 * 2 * 2  # layers, modules, A and B
+        assert all("lora_" in name and p.dtype == torch.bfloat16 for name, p in trained.items())
+        assert all(p.shape[0 if "lora_A" in name else 1] == 4 for name, p in trained.items())
+        config = model.peft_config["default"]
+        assert (config.lora_alpha, config.lora_dropout) == (args.lora_alpha, args.lora_dropout)
+        model.train()
+        ids = torch.arange(16)[None]
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        assert all(p.grad.abs().sum() > 0 for name, p in trained.items() if "lora_B" in name)
+
+    in_child(look, tmp_path)
+
+
+def test_1c_zero_gathers_layers_and_leaves_the_adapters_whole():
+    zero = read_zero_config(str(ROOT / "deepspeed" / "zero3.json"))["zero_optimization"]
+    adapter_tensor = parse([]).lora_r * 11008
+    assert adapter_tensor <= zero["stage3_param_persistence_threshold"] < 4096 * 4096, (
+        "LoRA whole, the base split"
+    )
+    assert zero["stage3_max_live_parameters"] >= LAYER, "a layer must be whole to run"
+    assert zero["stage3_prefetch_bucket_size"] >= LAYER, "less than a layer is no layer ahead"
+    assert not zero["stage3_gather_16bit_weights_on_model_save"], "the base never changes"
+
+
+@pytest.fixture(scope="module")
+def trained(libraries, quick, tmp_path_factory):
+    out = tmp_path_factory.mktemp("problem1") / "finetune"
+    flags = [*quick, "--output_dir", str(out)]
+    code, text = fork(lambda: libraries.main(flags), out.parent / "terminal.txt").wait()
+    assert code == 0, text
+    return out
+
+
+def test_a_short_rehearsal_learns(trained):
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["perplexity_after"] < summary["perplexity_before"]
+    assert (trained / "adapter_model.safetensors").stat().st_size > 10_000
