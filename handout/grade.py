@@ -33,11 +33,11 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "deepspeed"))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "sglang"))
 import check_outputs
-from submissions import FOLDERS, Refused, Submission, printable
 
 from batch_infer import prompts
 from batch_infer.arguments import Arguments as Inference
 from lora_sft import report
+from submissions import FOLDERS, Refused, Submission, printable
 from workbench import UserError
 from workbench.files import write_json
 from workbench.flags import read_flags

@@ -2,8 +2,8 @@
 
     python handout/make_handout.py [--output_dir build]
 
-Solution and handout are one source. `# Problem 1b: what to do` opens a region, with comment lines that go on, and
-`# End of problem 1b` closes it: the comment stays, as a TODO, the lines below it go, and a line comes in that stops the
+Solution and handout are one source. `# Problem 1c: what to do` opens a region, with comment lines that go on, and
+`# End of problem 1c` closes it: the comment stays, as a TODO, the lines below it go, and a line comes in that stops the
 program there. A region of fields (name: type = value) keeps their names. What lies between `# Staff only` and
 `# End of staff only` goes. Files in handout/starter/ replace the solution's of the same path, or join them.
 

@@ -23,7 +23,7 @@ def in_child(function, tmp_path) -> None:
     assert code == 0, text
 
 
-def test_1a_1c_training_fits_into_two_cards_of_16_gb(libraries, tmp_path):
+def test_1a_1b_1c_training_fits_into_two_cards_of_16_gb(libraries, tmp_path):
     """Llama-2-7B in fp16, as `--preflight_only` predicts it."""
     args = parse([])
     zero_config = read_zero_config(args.deepspeed)
@@ -45,7 +45,7 @@ def test_1a_a_micro_batch_fills_the_room_there_is():
     assert parse([]).tokens_per_micro_batch >= 2048
 
 
-def test_1b_only_adapters_train_and_they_get_gradients(libraries, tiny_model, tmp_path):
+def test_1c_only_adapters_train_and_they_get_gradients(libraries, tiny_model, tmp_path):
     def look():
         import torch
         from transformers import AutoModelForCausalLM
@@ -70,7 +70,7 @@ def test_1b_only_adapters_train_and_they_get_gradients(libraries, tiny_model, tm
     in_child(look, tmp_path)
 
 
-def test_1c_zero_gathers_layers_and_leaves_the_adapters_whole():
+def test_1b_zero_gathers_layers_and_leaves_the_adapters_whole():
     zero = read_zero_config(str(ROOT / "deepspeed" / "zero3.json"))["zero_optimization"]
     adapter_tensor = parse([]).lora_r * 11008
     assert adapter_tensor <= zero["stage3_param_persistence_threshold"] < 4096 * 4096, (

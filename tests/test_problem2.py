@@ -67,38 +67,38 @@ def ask(tmp_path):
 MANY = [[number] for number in range(20, 70)]
 
 
-def test_2c_2d_all_records_are_in_flight_together(ask):
+def test_2b_2c_all_records_are_in_flight_together(ask):
     engine, rows = ask(MANY)
     assert engine.most_in_flight == len(MANY)
     assert [rows[i]["output"] for i in range(len(MANY))] == ["a b"] * len(MANY)
 
 
-def test_2d_batch_size_limits_them(ask):
+def test_2b_2c_batch_size_limits_them(ask):
     engine, rows = ask(MANY, batch_size=7)
     assert engine.most_in_flight == 7
     assert len(rows) == len(MANY)
 
 
-def test_2c_so_many_wait_for_their_first_token(ask):
+def test_2b_2c_so_many_wait_for_their_first_token(ask):
     engine, rows = ask(MANY, waiting_limit=5)
     assert engine.most_waiting == 5
     assert len(rows) == len(MANY)
 
 
-def test_2c_2d_a_shared_prefix_is_computed_once(ask):
+def test_2b_2c_a_shared_prefix_is_computed_once(ask):
     """In the plan's order; the others start when the first of them has its first token."""
     prompts = [[1, 2, 3, number] for number in (9, 7, 8)]
     engine, _ = ask(prompts, order=Plan.depth_first(prompts, [2] * 3, 1000))
     assert engine.started == [(prompts[1], 0), (prompts[2], 1), (prompts[0], 1)]
 
 
-def test_2c_a_bad_record_costs_no_other(ask):
+def test_2b_2c_a_bad_record_costs_no_other(ask):
     _, rows = ask([[12], [13], [14]])
     assert [rows[i].get("output") for i in range(3)] == ["a b", None, "a b"]
     assert rows[1]["error"] == "ValueError: no such adapter"
 
 
-def test_2b_the_reproducible_profile_keeps_the_radix_cache():
+def test_2d_the_reproducible_profile_keeps_the_radix_cache():
     def plugins(**flags) -> set[str]:
         return set(filter(None, environment(Arguments(**flags))["RUNTIME_PLUGINS"].split(",")))
 

@@ -9,7 +9,7 @@ from .arguments import Arguments
 def add_adapters(model: PreTrainedModel, args: Arguments) -> PeftModel:
     """Freezes `model` and adds to the linear layers that `args.lora_targets` names what trains instead: the pairs
     lora_A [r, in] (random, from torch's generator) and lora_B [out, r] (zero), in the base's dtype."""
-    # Problem 1b: configure LoRA from the flags and wrap the model with it. Two things fail silently otherwise:
+    # Problem 1c: configure LoRA from the flags and wrap the model with it. Two things fail silently otherwise:
     # checkpointed layers get no gradient as long as nothing that enters them wants one (the embedding is frozen),
     # and DeepSpeed scales the loss only if what trains is fp16, so that adapters must keep the base's dtype.
     model.enable_input_require_grads()
@@ -22,4 +22,4 @@ def add_adapters(model: PreTrainedModel, args: Arguments) -> PeftModel:
     )
     # DeepSpeed keeps fp32 master weights anyway; PEFT's default would make the adapters fp32.
     return get_peft_model(model, config, autocast_adapter_dtype=False)
-    # End of problem 1b
+    # End of problem 1c

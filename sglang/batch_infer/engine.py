@@ -262,12 +262,13 @@ def environment(args: Arguments) -> dict[str, str]:
             "OMP_NUM_THREADS": "1",
             "TORCHDYNAMO_DISABLE": "1",
         }
-    # Problem 2b: keep RadixAttention on. In its deterministic mode, which the reproducible profile uses, SGLang
+    # Problem 2d: keep RadixAttention on. In its deterministic mode, which the reproducible profile uses, SGLang
     # switches the radix cache off for FlashInfer. One of sglang/runtime_plugins keeps it on; name it, beside
-    # jump_forward where that was asked for, in RUNTIME_PLUGINS, the only variable that a GPU needs.
+    # jump_forward where that was asked for, in RUNTIME_PLUGINS, the only variable that a GPU needs. (A rehearsal does
+    # not come here, so only a test and the cluster tell.)
     deterministic_radix = ["deterministic_radix"] if args.reproducible else []
     return {"RUNTIME_PLUGINS": ",".join(deterministic_radix + jump_forward)}
-    # End of problem 2b
+    # End of problem 2d
 
 
 def serve_line(args: Arguments, chosen: Choices) -> str:
@@ -463,7 +464,7 @@ async def answer_all(
     left = sum(len(records) for records, _ in plans)
     waiting = asyncio.Semaphore(waiting_limit or left)
 
-    # Problem 2c: write `generate`, which asks the engine for one record and returns the last result it gives. The
+    # Problem 2b: write `generate`, which asks the engine for one record and returns the last result it gives. The
     # record's ids and adapter, its sampling parameters and the copy of the engine (None: any) go in. While it waits for
     # its first token it holds `waiting`. `computed`, if it is not None, is to be called with the first token: others
     # wait for this prompt's KV. Where nobody needs to know of the first token, the answer comes in one piece.
@@ -483,7 +484,7 @@ async def answer_all(
             pass
         return result
 
-    # End of problem 2c
+    # End of problem 2b
 
     async def answer(record: Record, copy: int | None, computed: Callable | None) -> None:
         try:
@@ -502,7 +503,7 @@ async def answer_all(
     tasks = [loop.create_task(stopped.wait())]
     for copy, (records, order) in enumerate(plans):
         rank = copy if len(plans) > 1 else None
-        # Problem 2d: put all records in flight at once, without waiting for any (--batch_size, if it is not 0, limits
+        # Problem 2c: put all records in flight at once, without waiting for any (--batch_size, if it is not 0, limits
         # how many, shared by the copies). planner.follow calls answer(record, rank, computed) for each, in the plan's
         # order; it runs as a task of its own, and this function waits for what is in `tasks`.
         at_once = max(1, args.batch_size // len(plans)) if args.batch_size else max(1, len(records))
@@ -510,7 +511,7 @@ async def answer_all(
             lambda records, rank, i, computed: answer(records[i], rank, computed), records, rank
         )
         tasks.append(loop.create_task(planner.follow(order, ask, at_once)))
-        # End of problem 2d
+        # End of problem 2c
     get = loop.create_task(finished.get())
     try:
         while left and not stopped.is_set():

@@ -1,0 +1,268 @@
+"""What students get: nothing of a solution, TODOs that stop the programs, an assignment text that is true."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from dataclasses import fields
+
+import grade
+import make_handout
+import pytest
+import reference
+
+from batch_infer.arguments import Arguments as Inference
+from harness import ROOT
+from lora_sft.arguments import Arguments
+from workbench import UserError
+
+ASSIGNMENT = (ROOT / "handout" / "ASSIGNMENT.md").read_text()
+REGION = re.compile(r"# Problem (\d[a-z]): .*\n((?: *#.*\n)*)((?s:.*?)) *# End of problem \1\n")
+SOURCES = ("deepspeed/lora_sft/arguments.py", "deepspeed/lora_sft/lora.py", "sglang/batch_infer/engine.py")
+HIDDEN = ("1000000", "205000000", "610000000", "410000000", "50000000", "LlamaDecoderLayer")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The handout as a student unpacks it."""
+    folder = tmp_path_factory.mktemp("handout")
+    assert make_handout.main(["--output_dir", str(folder)]) == 0
+    with zipfile.ZipFile(folder / "handout.zip") as archive:
+        archive.extractall(folder / "student")
+    return folder
+
+
+def program(folder, *words) -> tuple[int, str]:
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    return done.returncode, done.stdout + done.stderr
+
+
+def paste(folder, problem: str) -> None:
+    """Puts the solution of `problem` into a handout."""
+    if problem == "1b":
+        (folder / "deepspeed/zero3.json").write_text((ROOT / "deepspeed/zero3.json").read_text())
+    for path in SOURCES:
+        solution = {match[1]: match[0] for match in REGION.finditer((ROOT / path).read_text())}
+        if problem in solution:
+            text = (folder / path).read_text()
+            todo = rf'# TODO problem {problem}: .*?raise todo\("{problem}"\)\n'
+            text, count = re.subn(todo, lambda _: solution[problem], text, flags=re.S)  # noqa: B023 (called at once)
+            assert count == 1, problem
+            (folder / path).write_text(text)
+
+
+# --- nothing of a solution ----------------------------------------------------------------------------
+
+
+def test_no_line_of_a_solution_is_left(built):
+    regions = {match[1]: match[3] for path in SOURCES for match in REGION.finditer((ROOT / path).read_text())}
+    assert sorted(regions) == ["1a", "1c", "2a", "2b", "2c", "2d"]
+    lines = {line.strip() for region in regions.values() for line in region.splitlines()}
+    lines = {line for line in lines if len(line) >= 14}
+    assert len(lines) > 25
+    for path in (built / "student").rglob("*"):
+        text = path.read_text(errors="replace") if path.is_file() else ""
+        for line in lines:
+            assert line not in text, path
+        for value in HIDDEN:
+            assert not re.search(rf"(?<!\w){value}(?!\w)", text.replace(",", "").replace("_", "")), (
+                path,
+                value,
+            )
+
+
+def test_hidden_values_are_those_of_the_solution():
+    starter = (ROOT / "handout/starter/deepspeed/zero3.json").read_bytes()
+    found = make_handout.hidden_values((ROOT / "deepspeed/zero3.json").read_bytes(), starter)
+    assert set(found) == set(HIDDEN)
+
+
+def test_the_zip_has_no_history_and_nothing_of_staff(built):
+    with zipfile.ZipFile(built / "handout.zip") as archive:
+        names = archive.namelist()
+    assert all(name.startswith("handout/") for name in names)
+    for unwanted in (
+        ".git/",
+        "grade.py",
+        "make_handout.py",
+        "test_training",
+        "bench/results/run",
+        "finetune/",
+        "lab.py",
+    ):
+        assert not any(unwanted in name for name in names), unwanted
+    makefile = (built / "student/handout/Makefile").read_text()
+    assert "Staff" not in makefile
+    assert "\ngrade:" not in makefile
+    assert "\nrehearse:" in makefile
+    for name in ("README.md", "tests/test_problem1.py", "handout/reference/inference/outputs.jsonl", "LICENSE"):
+        assert f"handout/{name}" in names
+    assert (built / "student/handout/README.md").read_text() == ASSIGNMENT.replace("](../", "](")
+
+
+def test_equal_sources_make_equal_bytes(built, tmp_path):
+    assert make_handout.main(["--output_dir", str(tmp_path)]) == 0
+    assert (tmp_path / "handout.zip").read_bytes() == (built / "handout.zip").read_bytes()
+
+
+def test_a_leak_is_found():
+    solution = ["result = await anext(stream)", "205000000"]
+    assert make_handout.leaks({"a.py": b"    result = await anext(stream)\n"}, solution)
+    assert make_handout.leaks({"a.md": b"about 205,000,000 elements"}, solution)
+    assert not make_handout.leaks({"a.md": b"2050000000 and anext(stream)"}, solution)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# Problem 1a: do\nx = 1\n", r"x.py: the region of 1a does not end"),
+        ("x = 1\n# End of problem 1a\n", r"x.py, line 2: closes what was not opened"),
+        ("# Problem 1a: do\n# Problem 1b: do\n", r"x.py, line 2: opens a region inside of 1a"),
+        ("# Problem 1a: do\nx = 1\n# End of problem 1b\n", r"x.py, line 3: closes what was not opened"),
+        ("# Staff only\nx = 1\n", r"x.py: the region of staff does not end"),
+    ],
+)
+def test_markers_that_do_not_pair_are_named(text, message):
+    with pytest.raises(UserError, match=message):
+        make_handout.cut("x.py", text.encode(), make_handout.Handout())
+
+
+# --- the handout at work ------------------------------------------------------------------------------
+
+
+def test_help_works_and_the_first_todos_are_named(built):
+    student = built / "student/handout"
+    launcher = "deepspeed/main.py"
+    for script in (launcher, "sglang/run_sglang.py"):
+        code, text = program(student, script, "-h")
+        assert code == 0, text
+    code, text = program(student, launcher, "--rehearse")
+    line = 1 + (student / SOURCES[0]).read_text().split('raise todo("1a")')[0].count("\n")
+    assert (code, text) == (
+        2,
+        f"error: TODO problem 1a ({SOURCES[0]}, line {line}): the comment there says what to do\n",
+    )
+    paste(student, "1a")
+    code, text = program(student, launcher, "--rehearse")
+    assert code == 2
+    assert re.search(
+        r"error: --deepspeed .*zero3.json, line 4: leaf_module must not be text, but is 'TODO problem 1b: ",
+        text,
+    )
+
+
+@pytest.mark.long
+def test_public_tests_fail_before_and_pass_after(built, tmp_path):
+    """And a rehearsal stops at each TODO in turn."""
+    with zipfile.ZipFile(built / "handout.zip") as archive:
+        archive.extractall(tmp_path)
+    student = tmp_path / "handout"
+    pytest_run = ["-P", "-m", "pytest", "-rA"]
+    code, text = program(student, *pytest_run)
+    assert code == 1
+    assert not re.findall(r"^PASSED", text, re.M), text[-3000:]
+    train = ["deepspeed/main.py", "--rehearse", "--output_dir", str(tmp_path / "run/finetune")]
+    infer = ["sglang/run_sglang.py", "--rehearse", "--lora_path", str(tmp_path / "run/finetune")]
+    infer += ["--output_file", str(tmp_path / "run/inference/outputs.jsonl")]
+    for problem, command in (
+        ("1a", train),
+        ("1b", train),
+        ("1c", train),
+        ("2a", infer),
+        ("2b", infer),
+        ("2c", infer),
+    ):
+        code, text = program(student, *command)
+        assert code == 2, text
+        assert f"TODO problem {problem}" in text.splitlines()[-1]
+        if problem == "1c":
+            paste(student, problem)
+            code, text = program(student, *command)
+            assert code == 0, text
+        else:
+            paste(student, problem)
+    assert program(student, *infer)[0] == 0
+    paste(student, "2d")
+    code, text = program(student, *pytest_run)
+    assert code == 0, text[-3000:]
+    result = grade.grade(tmp_path / "run", [])
+    assert result["rehearsal_points"] == 10
+    assert result["points"] == 0
+
+
+def test_an_untouched_handout_gets_nothing(built):
+    result = grade.grade(built / "student" / "handout", [])
+    assert result["points"] == result["rehearsal_points"] == 0
+    assert {line["reason"] for line in result["criteria"]} >= {"inference/outputs.jsonl is missing"}
+
+
+# --- the assignment text ------------------------------------------------------------------------------
+
+
+def test_the_points_are_the_graders():
+    rows = re.findall(r"^\| (\d) \| `(\w+)` \| (\d) \| ([\w-]+) \| (.+) \|$", ASSIGNMENT, re.M)
+    ours = [(str(c.problem), c.name, str(c.points), c.column, c.text) for c in grade.CRITERIA]
+    assert rows == ours
+    for problem in (1, 2):
+        assert sum(c.points for c in grade.CRITERIA if c.problem == problem) == 5
+
+
+def test_files_flags_and_targets_of_the_assignment_exist(built):
+    student = built / "student/handout"
+    for name in re.findall(r"`((?:deepspeed|sglang|tests|handout|rehearsal)/[\w./-]+\.\w+)`", ASSIGNMENT):
+        assert (student / name).exists(), name
+    for link in re.findall(r"\]\(\.\./([^)]+)\)", ASSIGNMENT):
+        assert (student / link).exists(), link
+    targets = set(re.findall(r"^([a-z0-9-]+):", (student / "Makefile").read_text(), re.M))
+    for target in re.findall(r"(?:^|`)make ([a-z0-9-]+)", ASSIGNMENT, re.M):
+        assert target in targets, target
+    ours = {entry.name for program in (Arguments, Inference) for entry in fields(program)} | {
+        "gres",
+        "mem",
+        "time",
+    }
+    for name in re.findall(r"--([a-z0-9_]+)", ASSIGNMENT):
+        assert name in ours, name
+    knobs = json.loads((ROOT / "deepspeed/zero3.json").read_text())["zero_optimization"]
+    for name in re.findall(r"`(stage3\w+|reduce\w+)`", ASSIGNMENT):
+        assert name in knobs, name
+
+
+# --- the reference ------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_the_reference_comes_out_again(tmp_path):
+    """Two fresh folders equal each other byte for byte, and the committed files as far as this machine allows."""
+    for name in ("first", "second"):
+        code, text = program(ROOT, "handout/reference.py", "--output_dir", tmp_path / name)
+        assert code == 0, text
+        assert text.count("the same; compared: ") == 2
+    for part, file in (("inference", "outputs.jsonl"), ("inference", "outputs_all.json"),
+                       ("inference", "fingerprint.json"), ("finetune", "fingerprint.json"),
+                       ("finetune", "adapter_model.safetensors")):  # fmt: skip
+        first, second = (tmp_path / name / part / file for name in ("first", "second"))
+        assert first.read_bytes() == second.read_bytes(), file
+
+
+def test_what_must_be_the_same_on_which_machine():
+    theirs = json.loads((reference.REFERENCE / "inference" / "fingerprint.json").read_text())
+    assert len(theirs["first_tokens"]) == len(theirs["cached_tokens"]) == len(theirs["prompt_ids_sha256"]) == 60
+    ours = theirs | {"answers_sha256": ["x", "y"]}
+    assert reference.differences(ours, theirs) == ["answers_sha256"]
+    elsewhere = {"machine": theirs["machine"] | {"cpu_capability": "AVX2"}}
+    assert reference.differences(ours | elsewhere, theirs) == []
+    other = ours | elsewhere | {"first_tokens": [0] * 60}
+    assert reference.differences(other, theirs) == ["first_tokens"]
+
+
+def test_the_reference_names_no_machine():
+    for path in reference.REFERENCE.rglob("*"):
+        if path.is_file():
+            text = path.read_text()
+            assert str(ROOT) not in text
+            assert not re.search(r'"/(?!s>)\w', text), path
+            assert os.uname().nodename not in text
