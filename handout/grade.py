@@ -35,7 +35,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "sglang"))
 import check_outputs
 
 from batch_infer import prompts
-from batch_infer.arguments import Arguments as Inference
+from batch_infer.arguments import DEFAULT_PROMPTS
+from batch_infer.arguments import parse as inference_arguments
 from lora_sft import report
 from submissions import FOLDERS, Refused, Submission, printable
 from workbench import UserError
@@ -94,7 +95,7 @@ CRITERIA = (
 class Flags:
     submission: str = ""
     output_dir: str = str(ROOT / "build" / "grades")
-    prompts: str = Inference.prompts
+    prompts: str = DEFAULT_PROMPTS
 
 
 HELP = {
@@ -571,9 +572,17 @@ def instructions(where: str) -> list[str] | UserError:
     """AlpacaEval's; the error if they cannot be had, which rehearsals do not need."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # 60 submissions must not wait for a network that is not there
     try:
-        return [record.instruction for record in prompts.read(prompts.find(Inference(prompts=where))[0])]
+        return [
+            record.instruction
+            for record in prompts.read(prompts.find(inference_arguments(["--prompts", where]))[0])
+        ]
     except UserError as error:
-        print(f"WARNING: {error}; only rehearsals can get the points for their instructions")
+        if where != DEFAULT_PROMPTS:
+            raise
+        fetch = f"hf download {where} {prompts.ALPACA_EVAL} --repo-type dataset"
+        print(
+            f"WARNING: {where} is not here, so only rehearsals can get the point for instructions; fetch it: {fetch}"
+        )
         return error
 
 

@@ -88,6 +88,11 @@ def test_memory_and_log_flags_do_not_make_another_run():
         ('{"train_batch_size": 8}', r"remove 'train_batch_size'; it is set by --tokens_per_micro_batch"),
         ('{"optimizer": {}}', r"remove 'optimizer'; it is set by --learning_rate"),
         ('{"zero_optimization": {"stage": 2}}', r"stage must be 3"),
+        (
+            '{"zero_optimization": {"stage": 3,\n"reduce_bucket_size": "50 MB"}}',
+            r"line 2: reduce_bucket_size must not be text",
+        ),
+        ('{"fp16": true}', r"fp16 must be a JSON object"),
         ("[]", r"expected a JSON object"),
     ],
 )

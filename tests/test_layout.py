@@ -25,7 +25,7 @@ def test_no_module_beside_a_script_hides_a_library():
 
     names = set(importlib.metadata.packages_distributions()) | sys.stdlib_module_names
     names -= {"runtime_plugins"}  # installed from here, and the same files
-    for folder in ("deepspeed", "sglang", "common", "rehearsal"):
+    for folder in ("deepspeed", "sglang", "common", "rehearsal", "handout"):
         for path in (ROOT / folder).glob("*"):
             if path.suffix == ".py" or (path / "__init__.py").exists():
                 assert path.stem not in names, path

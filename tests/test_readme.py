@@ -32,7 +32,8 @@ def test_flags_exist():
 
 def test_files_exist():
     for name in re.findall(
-        r"\b((?:deepspeed|sglang|common|bench|rehearsal|tests)/[\w./-]+\.(?:sh|py|json|jsonl|txt))", README
+        r"\b((?:deepspeed|sglang|common|bench|rehearsal|tests|handout)/[\w./-]+\.(?:sh|py|json|jsonl|txt))",
+        README,
     ):
         assert (ROOT / name).exists() or "/outputs" in name, name
     for link in re.findall(r"\]\(([^)#]+)\)", README):

@@ -1,0 +1,444 @@
+"""The grader on whole, forged and broken submissions. The GPU runs graded here are made up; their files have the
+shape that the programs write (the contradictions are sought with the programs' own `summarise`)."""
+
+import copy
+import csv
+import json
+import math
+import os
+import zipfile
+from pathlib import Path
+
+import check_outputs
+import grade
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save
+
+from harness import ROOT
+from lora_sft import report
+from submissions import Refused, Submission, parse
+
+REFERENCE = ROOT / "handout" / "reference"
+ALPACA_EVAL = [f"instruction {i}" for i in range(805)]
+CHECKED = {c.name for c in grade.CRITERIA if c.column == grade.CHECKED}
+
+
+def adapter_of(rank: int = 1, seed: int = 0) -> dict[str, np.ndarray]:
+    """Llama-2-7B's, for q_proj and down_proj; every layer has learnt as much more as it is deep."""
+    draw, tensors = np.random.default_rng(seed), {}
+    for layer in range(32):
+        for module, (inner, outer) in {
+            "self_attn.q_proj": (4096, 4096),
+            "mlp.down_proj": (11008, 4096),
+        }.items():
+            at = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{at}.lora_A.weight"] = draw.normal(size=(rank, inner)).astype(np.float16)
+            tensors[f"{at}.lora_B.weight"] = (draw.normal(size=(outer, rank)) * (1 + layer)).astype(np.float16)
+    return tensors
+
+
+def training_files() -> dict[str, object]:
+    config = json.loads((REFERENCE / "finetune" / "run_config.json").read_text())
+    config["arguments"] |= {"device": "cuda", "rehearse": False, "lora_r": 1}
+    config["plan"] |= {"dtype": "fp16", "gpu_name": "Tesla V100-SXM2-16GB", "capability": [7, 0]}
+    rows = [json.loads(line) for line in (REFERENCE / "finetune" / "metrics.jsonl").read_text().splitlines()]
+    rows = [row | {"peak_reserved_gib": 13.5, "loss_scale": 16384.0} for row in rows]
+    summary = json.loads((REFERENCE / "finetune" / "summary.json").read_text())
+    summary |= report.summarise(rows, config["plan"], True)
+    summary |= {"dtype": "fp16", "gpu_name": "Tesla V100-SXM2-16GB", "peak_reserved_gib": 13.9}
+    return {
+        "adapter_config.json": {"r": 1, "target_modules": ["down_proj", "q_proj"]},
+        "run_config.json": config,
+        "metrics.jsonl": rows,
+        "summary.json": summary,
+    }
+
+
+def inference_files() -> dict[str, object]:
+    rows = [{"instruction": text, "output": f"answer to {text}", "generator": "g"} for text in ALPACA_EVAL]
+    tokens, prompt, cached = 4000, 20000, 900
+    summary = {
+        "records": 805, "failed_records": 0, "failures": [], "truncated": [7], "cap_hit_share": 1 / 805,
+        "prompt_tokens": prompt, "cached_prompt_tokens": cached, "computed_prompt_tokens": prompt - cached,
+        "prefix_hit_rate": cached / prompt, "output_tokens": tokens, "tokens_per_s": tokens / 40.0,
+        "load_s": 30.0, "compile_s": 0.0, "generate_s": 40.0, "wall_s": 80.0, "answered_in_this_start": 805,
+        "settings": {"arguments": {"device": "cuda"}, "engine_args": {}},
+    }  # fmt: skip
+    lines = [{"output": row["output"], "instruction": row["instruction"]} for row in rows[::10]]
+    return {"outputs.jsonl": lines, "outputs_all.json": rows, "summary.json": summary}
+
+
+def encode(name: str, value: object) -> bytes:
+    if name.endswith(".safetensors"):
+        return save(value)
+    if name.endswith(".jsonl"):
+        return "".join(json.dumps(row) + "\n" for row in value).encode()
+    return json.dumps(value).encode()
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, bytes]:
+    """The files of a submission that earns everything, by path."""
+    finetune = training_files() | {"adapter_model.safetensors": adapter_of()}
+    files = {f"finetune/{name}": encode(name, value) for name, value in finetune.items()}
+    return files | {f"inference/{name}": encode(name, value) for name, value in inference_files().items()}
+
+
+def put(folder: Path, files: dict[str, bytes]) -> Path:
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    return folder
+
+
+def statuses(result: dict) -> dict[str, str]:
+    return {line["name"]: line["status"] for line in result["criteria"]}
+
+
+@pytest.fixture
+def graded(whole, tmp_path):
+    """graded({path: change}) -> grade.json's content; a change takes the parsed file and edits or returns it."""
+
+    def run(changes=None):
+        files = dict(whole)
+        for path, change in (changes or {}).items():
+            name = path.split("/")[1]
+            if name.endswith(".safetensors"):
+                value = adapter_of()
+            elif name.endswith(".jsonl"):
+                value = [json.loads(line) for line in files[path].splitlines()]
+            else:
+                value = json.loads(files[path])
+            changed = change(value)
+            files[path] = encode(name, value if changed is None else changed)
+        return grade.grade(put(tmp_path / "someone", files), ALPACA_EVAL)
+
+    return run
+
+
+# --- whole and forged ---------------------------------------------------------------------------------
+
+
+def test_a_whole_submission_gets_ten_points_four_of_them_provisional(graded):
+    result = graded()
+    assert result["points"] == 10, result
+    assert (result["problem_1"], result["problem_2"]) == (5, 5)
+    assert (result["checked"], result["provisional"], result["rehearsal_points"]) == (6, 4, 0)
+
+
+def test_a_zip_with_a_folder_around_it_gets_the_same(whole, tmp_path):
+    with zipfile.ZipFile(tmp_path / "someone.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path, content in whole.items():
+            archive.writestr(f"someone/{path}", content)
+        archive.writestr("__MACOSX/._x", b"")
+    assert grade.grade(tmp_path / "someone.zip", ALPACA_EVAL)["points"] == 10
+
+
+def forge_perplexity(summary):
+    summary["perplexity_after"] /= 2
+
+
+def forge_loss(summary):
+    summary["eval_loss_after"] = 0.5
+    summary["perplexity_after"] = math.exp(0.5)
+
+
+def forge_rate(summary):
+    summary["tokens_per_s_per_gpu"] *= 3
+
+
+def drop_steps(rows):
+    return [*rows[:10], *rows[-5:]]
+
+
+def smooth_losses(rows):
+    for row in rows:
+        row["real_tokens"] += 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("summary.json", forge_perplexity), ("summary.json", forge_loss), ("summary.json", forge_rate),
+     ("metrics.jsonl", drop_steps), ("metrics.jsonl", smooth_losses)],
+)  # fmt: skip
+def test_a_forged_run_loses_what_it_said_of_itself_and_nothing_else(graded, name, change):
+    result = graded({f"finetune/{name}": change})
+    lost = {name for name, status in statuses(result).items() if status == "withdrawn"}
+    assert lost == {"memory", "learning"}
+    assert result["points"] == 8
+
+
+def test_a_forged_inference_summary(graded):
+    def faster(summary):
+        summary["generate_s"] /= 10
+
+    found = statuses(graded({"inference/summary.json": faster}))
+    assert {name for name, status in found.items() if status != "earned" and status != "provisional"} == {
+        "time",
+        "radix_cache",
+    }
+    assert found["time"] == "withdrawn"
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        (lambda t: {k: np.random.default_rng(1).normal(size=v.shape).astype(np.float16) for k, v in t.items()},
+         {"adapter_trained"}),
+        (lambda t: {k: v * 0 if "lora_B" in k else v for k, v in t.items()}, {"adapter_trained"}),
+        (lambda t: {k: v * np.float16("nan") for k, v in t.items()}, {"adapter_trained"}),
+        (lambda t: {k: v.T for k, v in t.items()}, {"adapter_shapes"}),
+        (lambda t: adapter_of(rank=2), {"adapter_shapes"}),
+        (lambda t: {k: v for k, v in t.items() if ".31." not in k},
+         {"adapter_keys", "adapter_shapes", "adapter_trained"}),
+        (lambda t: t | {"lm_head.weight": np.zeros((2, 2), np.float16)},
+         {"adapter_keys", "adapter_shapes", "adapter_trained"}),
+    ],
+    ids=["random", "zero", "nan", "transposed", "another rank", "a layer missing", "a foreign tensor"],
+)  # fmt: skip
+def test_adapters_that_did_not_come_from_training(graded, change, lost):
+    """The self-reported points stay provisional: only staff can tell."""
+    result = graded({"finetune/adapter_model.safetensors": change})
+    assert {name for name, status in statuses(result).items() if status == "not earned"} == lost
+    assert result["provisional"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"inference/outputs.jsonl": lambda rows: rows[1:]}, {"rows": "not earned", "instructions": "not earned"}),
+        ({"inference/outputs.jsonl": lambda rows: [rows[1], rows[0], *rows[2:]]}, {"instructions": "not earned"}),
+        ({"inference/outputs.jsonl": lambda rows: [row | {"output": "so " * 50} for row in rows]},
+         {"answers": "not earned", "time": "withdrawn", "instructions": "earned"}),
+        ({"inference/summary.json": lambda s: s["settings"]["engine_args"].update(disable_radix_cache=True)},
+         {"radix_cache": "not earned", "time": "provisional"}),
+        ({"inference/summary.json": lambda s: s.update(wall_s=901.0)}, {"time": "not earned"}),
+        ({"finetune/summary.json": lambda s: s.update(peak_reserved_gib=20.0)}, {"memory": "not earned"}),
+        ({"finetune/summary.json": lambda s: s.update(dtype="bf16"),
+          "finetune/run_config.json": lambda c: c["plan"].update(dtype="bf16")}, {"memory": "not earned"}),
+        ({"finetune/run_config.json": lambda c: c["arguments"].update(device="cpu")}, {"learning": "withdrawn"}),
+    ],
+)  # fmt: skip
+def test_what_costs_which_point(graded, changes, status):
+    found = statuses(graded(changes))
+    assert {name: found[name] for name in status} == status
+
+
+def test_the_reference_is_a_rehearsal_without_an_adapter():
+    result = grade.grade(REFERENCE, ALPACA_EVAL)
+    found = statuses(result)
+    assert result["points"] == 0
+    assert found["learning"] == found["memory"] == found["time"] == found["radix_cache"] == "provisional"
+    assert found["rows"] == found["instructions"] == "earned"
+    assert found["adapter_keys"] == "not earned"
+
+
+# --- broken -------------------------------------------------------------------------------------------
+
+
+def broken_submissions(folder: Path, whole: dict[str, bytes]) -> dict[str, str]:
+    """Fills `folder`; returns {name: what its grade must say}."""
+
+    def pack(name: str, files: dict[str, bytes], **options) -> None:
+        with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path, content in files.items():
+                entry = zipfile.ZipInfo(path)
+                entry.external_attr = options.get("mode", 0o100644) << 16
+                archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
+
+    def replaced(path: str, content: bytes) -> dict[str, bytes]:
+        return whole | {path: content}
+
+    (folder / "text.docx").write_bytes(b"see my mail")
+    (folder / "cut.zip").write_bytes((b"PK\x03\x04" + bytes(60)) * 3 + b"PK\x05\x06" + bytes(18))
+    pack("empty.zip", {})
+    pack("outside.zip", {f"../{path}": content for path, content in whole.items()} | {"/etc/passwd": b"x"})
+    pack("links.zip", whole, mode=0o120777)
+    pack("bomb.zip", replaced("finetune/metrics.jsonl", b" " * 50_000_000))
+    pack("deep.zip", replaced("finetune/summary.json", b"[" * 200_000 + b"]" * 200_000))
+    pack("nan.zip", replaced("inference/summary.json", b'{"records": NaN}'))
+    pack("utf16.zip", replaced("inference/outputs.jsonl", '{"output": "a"}\n'.encode("utf-16")))
+    pack("pickle.zip", replaced("finetune/adapter_model.safetensors", b"\x80\x04cos\nsystem\n(S'false'\ntR."))
+    pack("twice.zip", whole)
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(folder / "twice.zip", "a") as archive:
+        archive.writestr("finetune/summary.json", b"{}")
+    put(folder / "linked", whole)
+    (folder / "linked/finetune/summary.json").unlink()
+    (folder / "linked/finetune/summary.json").symlink_to(
+        put(folder.parent / "elsewhere", whole) / "finetune/summary.json"
+    )
+    put(folder / "pipe", whole)
+    (folder / "pipe/inference/outputs.jsonl").unlink()
+    os.mkfifo(folder / "pipe/inference/outputs.jsonl")
+    (folder / "=cmd()").mkdir()
+    return {
+        "text.docx": "is neither a folder nor a zip",
+        "cut.zip": "",
+        "empty.zip": "finetune/adapter_config.json is missing",
+        "outside.zip": "finetune/adapter_config.json is missing",
+        "links.zip": "a symbolic link",
+        "bomb.zip": "would unpack to 50,000,000",
+        "deep.zip": "nested too deeply",
+        "nan.zip": "NaN is not a JSON number",
+        "utf16.zip": "not UTF-8 text",
+        "pickle.zip": "not a safetensors file",
+        "twice.zip": "2 times in the zip",
+        "linked": "a symbolic link",
+        "pipe": "not a plain file",
+        "=cmd()": "is missing",
+    }
+
+
+def test_broken_submissions_are_graded_one_after_the_other(whole, tmp_path, capfd):
+    folder, out = tmp_path / "class", tmp_path / "grades"
+    folder.mkdir()
+    expected = broken_submissions(folder, whole)
+    put(folder / "whole", whole)
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(ALPACA_EVAL))
+    flags = ["--submission", str(folder), "--output_dir", str(out), "--prompts", str(prompts)]
+    assert grade.main(flags) == 0
+    terminal = capfd.readouterr()
+    assert "Traceback" not in terminal.out + terminal.err
+    assert terminal.out.splitlines()[-1].startswith(f"{len(expected) + 1} submissions: ")
+    for name, text in expected.items():
+        result = json.loads((out / name / "grade.json").read_text())
+        assert any(text in line["reason"] for line in result["criteria"]), (name, result)
+        assert result["points"] < 10, name
+    with (out / "grades.csv").open() as table:
+        rows = {row["submission"]: row for row in csv.DictReader(table)}
+    assert len(rows) == len(expected) + 1
+    assert rows["whole"]["points"] == "10"
+    assert rows["bomb.zip"]["points"] == "8"
+    assert rows["utf16.zip"]["problem_1"] == "5"
+    assert rows["'=cmd()"]["points"] == "0"
+    assert not list((tmp_path / "class").rglob("passwd"))
+
+
+def test_a_submission_that_needs_too_much_ends_alone(whole, tmp_path, monkeypatch):
+    path = put(tmp_path / "someone", whole)
+    monkeypatch.setattr(grade, "GRADING_S", 1)
+    monkeypatch.setattr(grade, "grade_finetune", lambda _: __import__("time").sleep(60))
+    result = grade.grade_apart(path, ALPACA_EVAL, tmp_path / "out")
+    assert result["points"] == 0
+    assert "could not be graded within 1 s" in result["criteria"][0]["reason"]
+    monkeypatch.setattr(grade, "MEMORY_BYTES", 2**28)
+    monkeypatch.setattr(grade, "GRADING_S", 60)
+    monkeypatch.setattr(grade, "grade_finetune", lambda _: bytearray(2**30))
+    result = grade.grade_apart(path, ALPACA_EVAL, tmp_path / "out")
+    assert "would be needed to read it" in result["criteria"][0]["reason"]
+
+
+def test_mistakes_of_staff_are_one_line(tmp_path, capsys):
+    for words, message in (([], "name what is to be graded"), (["--submission", "/no"], "no such file or folder"),
+                           (["--submission", str(tmp_path)], "an empty folder"),
+                           (["--submission", str(REFERENCE), "--prompts", "./no.json"], "--prompts ./no.json: ")):  # fmt: skip
+        assert grade.main(words) == 2
+        assert message in capsys.readouterr().err
+
+
+# --- fuzzed -------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+SMALL = [path for path in ("finetune/adapter_config.json", "finetune/run_config.json", "finetune/summary.json",
+                           "finetune/metrics.jsonl", "inference/summary.json", "inference/outputs.jsonl",
+                           "inference/outputs_all.json")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(whole, tmp_path_factory):
+    """A submission without an adapter's weight (grading it takes a hundredth of a second)."""
+    tensors = {key: value for key, value in adapter_of().items() if ".0." in key or ".1." in key}
+    files = whole | {"finetune/adapter_model.safetensors": save(tensors)}
+    return put(tmp_path_factory.mktemp("small"), files), files
+
+
+def leaves(value: object, at: tuple = ()) -> list[tuple]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [at, *(path for key, item in inner for path in leaves(item, (*at, key)))]
+
+
+@settings(max_examples=120)
+@given(data=st.data())
+def test_no_value_in_a_file_makes_the_grader_fail(small, data):
+    """One value anywhere, replaced by any other; points are never more than before."""
+    folder, files = small
+    path = data.draw(st.sampled_from(SMALL))
+    text = files[path].decode()
+    value = [json.loads(line) for line in text.splitlines()] if path.endswith("l") else json.loads(text)
+    value = copy.deepcopy(value[:20] if isinstance(value, list) else value)
+    places = [place for place in leaves(value) if place]
+    *outer, last = data.draw(st.sampled_from(places))
+    inside = value
+    for key in outer:
+        inside = inside[key]
+    inside[last] = data.draw(JSON)
+    (folder / path).write_bytes(encode(path, value))
+    try:
+        result = grade.grade(folder, ALPACA_EVAL)
+    finally:
+        (folder / path).write_bytes(files[path])
+    assert 0 <= result["points"] <= 10
+    json.dumps(result, allow_nan=False)
+    for line in result["criteria"]:
+        assert line["reason"].isprintable() or "\n" not in line["reason"]
+
+
+@settings(max_examples=120)
+@given(content=st.binary(max_size=200), path=st.sampled_from([*SMALL, "finetune/adapter_model.safetensors"]),
+       at=st.floats(0, 1))  # fmt: skip
+def test_no_bytes_make_the_grader_fail(small, content, path, at):
+    """A file overwritten from somewhere on."""
+    folder, files = small
+    start = int(at * len(files[path]))
+    (folder / path).write_bytes(files[path][:start] + content)
+    try:
+        grade.grade(folder, ALPACA_EVAL)
+    finally:
+        (folder / path).write_bytes(files[path])
+
+
+@settings(max_examples=80)
+@given(at=st.floats(0, 1), content=st.binary(min_size=1, max_size=40))
+def test_no_damaged_zip_makes_the_grader_fail(small, tmp_path_factory, at, content):
+    folder = tmp_path_factory.getbasetemp()
+    path = folder / "fuzzed.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, file in small[1].items():
+            archive.writestr(name, file[:2000])
+    whole = path.read_bytes()
+    start = int(at * len(whole))
+    path.write_bytes(whole[:start] + content + whole[start + len(content) :])
+    grade.grade(path, ALPACA_EVAL)
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "1e999", "-Infinity", "1" * 5000, '{"a": 1', "\ufeff{}", ""])
+def test_json_that_is_not_json_is_refused(text):
+    with pytest.raises(Refused, match="x"):
+        parse(text, "x")
+
+
+def test_bf16_adapters_are_read(tmp_path):
+    import struct
+
+    values = np.array([1.5, -2.0], np.float32)
+    data = (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    header = json.dumps({"x": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "finetune").mkdir()
+    (tmp_path / "finetune/a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+    assert Submission(tmp_path).tensors("finetune", "a.safetensors")["x"].tolist() == [1.5, -2.0]
+
+
+def test_the_checker_survives_what_a_student_may_write(tmp_path):
+    path = tmp_path / "outputs.jsonl"
+    path.write_text("[" * 10**5 + "\n" + "1" * 5000 + "\n")
+    (tmp_path / "summary.json").write_text("[" * 10**5)
+    found = check_outputs.check(path, 2)
+    assert sum("not valid JSON" in problem for problem in found["problems"]) == 2
