@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import re
 import resource
-import shutil
 import statistics
 import sys
 import tempfile
@@ -476,8 +475,8 @@ def nothing(path: Path, reason: str) -> dict:
 
 def grade_apart(path: Path, alpaca_eval: list[str] | UserError, out: Path) -> dict:
     """`grade` in a process with bounded memory and time, so that no submission can end the grading of the next."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "grade.json").unlink(missing_ok=True)
 
     def run() -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -554,6 +553,10 @@ def main(argv: list[str]) -> int:
         several = submissions_in(path)
         if several == []:
             raise UserError(f"--submission {path}: an empty folder")
+        if out == path.parent or path in (out, *out.parents):
+            raise UserError(
+                f"--output_dir {out}: grades must not lie among the submissions; name another folder"
+            )
         alpaca_eval = instructions(flags.prompts)
         results = []
         for submission in [path] if several is None else several:
@@ -564,6 +567,9 @@ def main(argv: list[str]) -> int:
             print(f"{len(results)} submissions: {out / 'grades.csv'}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: --output_dir: {error.filename} cannot be written ({error.strerror})", file=sys.stderr)
         return 2
     return 0
 

@@ -173,7 +173,10 @@ def leaks(files: dict[str, bytes], solution: list[str]) -> list[str]:
 
 
 def write(handout: Handout, folder: Path) -> None:
-    """folder/handout/ and folder/handout.zip, each in place of an older one."""
+    """folder/handout/ and folder/handout.zip, each in place of an older one. Raises UserError for a folder that is no
+    handout."""
+    if (folder / "handout").exists() and not (folder / "handout/common/workbench/todo.py").exists():
+        raise UserError(f"--output_dir {folder}: what its handout/ holds is no handout; name another folder")
     shutil.rmtree(folder / "handout", ignore_errors=True)
     temporary = folder / "handout.zip.tmp"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Does this machine compute what the reference's did? Both rehearsals, compared with handout/reference/.
 
-    python handout/reference.py                # fresh runs in build/reference/, then the comparison
-    python handout/reference.py --write true   # staff: the fresh runs become the reference
+    python handout/reference.py            # fresh runs, then the comparison
+    python handout/reference.py --write    # staff: the fresh runs become the reference
 
 The runs are reproducible: rehearsals on the CPU with one thread a process, inference greedy and one record at a time,
 so that also the prefix hits of every record are the same. With the reference's instruction set and lock every byte of
@@ -14,9 +14,9 @@ Exit codes: 0 the same, 1 not, 2 a run failed.
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ ON_ANY_MACHINE = ("real_tokens", "instructions", "prompt_ids_sha256", "cached_to
 
 @dataclass
 class Flags:
-    output_dir: str = str(ROOT / "build" / "reference")
+    output_dir: str = ""
     write: bool = False
 
 
@@ -113,7 +113,6 @@ def machine() -> dict:
 def run(folder: Path, parts: list[str]) -> None:
     """Fresh runs of `parts` in `folder`, each with its fingerprint. Raises UserError."""
     for part in parts:
-        shutil.rmtree(folder / part, ignore_errors=True)
         found = {"finetune": finetune, "inference": inference}[part](folder / part)
         write_json(folder / part / FINGERPRINT, {"machine": machine(), **found})
 
@@ -142,7 +141,8 @@ def main(argv: list[str]) -> int:
     try:
         description = "Compares this machine with the reference's on the CPU rehearsals."
         flags = Flags(**read_flags(argv, Flags, HELP, {}, prog="reference.py", description=description))
-        folder = Path(flags.output_dir).absolute()
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        folder = Path(flags.output_dir or ROOT / "build" / "reference" / stamp).absolute()
         parts = [part for part in FILES if flags.write or (REFERENCE / part).is_dir()]
         run(folder, parts)
     except UserError as error:

@@ -47,26 +47,33 @@ class Submission:
     def __init__(self, path: Path) -> None:
         self.path, self.archive = path, None
         self.entries: dict[str, list[zipfile.ZipInfo]] = {}  # of a zip, by name
-        if path.is_symlink():
-            raise Refused("is a symbolic link")
-        if path.is_dir():
-            names = [entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
-        elif zipfile.is_zipfile(path):
-            try:
-                self.archive = zipfile.ZipFile(path)
-                entries = self.archive.infolist()
-            except Exception as error:  # zipfile raises a dozen kinds for damaged archives
-                raise Refused(f"cannot be opened as a zip: {printable(error)}") from error
-            if len(entries) > MOST_ENTRIES or sum(entry.file_size for entry in entries) > MOST_BYTES:
-                raise Refused(
-                    f"a zip of more than {MOST_ENTRIES:,} entries or {MOST_BYTES / 2**30:.0f} GiB unpacked"
-                )
-            for entry in entries:
-                self.entries.setdefault(entry.filename, []).append(entry)
-            names = [PurePosixPath(name).parts[0] for name in self.entries if "/" in name.strip("/")]
-        else:
-            raise Refused("is neither a folder nor a zip")
+        try:
+            if path.is_symlink():
+                raise Refused("is a symbolic link")
+            if path.is_dir():
+                names = [entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
+            elif path.is_file() and zipfile.is_zipfile(path):
+                names = self._open_zip()
+            else:
+                raise Refused("is neither a folder nor a zip")
+        except OSError as error:
+            raise Refused(f"cannot be read ({error.strerror})") from error
         self.tops = ["", *(f"{name}/" for name in sorted(set(names) - {"/", ".", ".."})[:100])]
+
+    def _open_zip(self) -> list[str]:
+        """Fills `archive` and `entries`; returns the names of the outermost folders."""
+        try:
+            self.archive = zipfile.ZipFile(self.path)
+            entries = self.archive.infolist()
+        except Exception as error:  # zipfile raises a dozen kinds for damaged archives
+            raise Refused(f"cannot be opened as a zip: {printable(error)}") from error
+        if len(entries) > MOST_ENTRIES or sum(entry.file_size for entry in entries) > MOST_BYTES:
+            raise Refused(
+                f"a zip of more than {MOST_ENTRIES:,} entries or {MOST_BYTES / 2**30:.0f} GiB unpacked"
+            )
+        for entry in entries:
+            self.entries.setdefault(entry.filename, []).append(entry)
+        return [PurePosixPath(name).parts[0] for name in self.entries if "/" in name.strip("/")]
 
     def _size(self, name: str) -> int | None:
         """Bytes of a file by its path in the submission; None without one."""

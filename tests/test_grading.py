@@ -273,6 +273,7 @@ def broken_submissions(folder: Path, whole: dict[str, bytes]) -> dict[str, str]:
     put(folder / "pipe", whole)
     (folder / "pipe/inference/outputs.jsonl").unlink()
     os.mkfifo(folder / "pipe/inference/outputs.jsonl")
+    os.mkfifo(folder / "pipe.zip")
     (folder / "=cmd()").mkdir()
     return {
         "text.docx": "is neither a folder nor a zip",
@@ -288,6 +289,7 @@ def broken_submissions(folder: Path, whole: dict[str, bytes]) -> dict[str, str]:
         "twice.zip": "2 times in the zip",
         "linked": "a symbolic link",
         "pipe": "not a plain file",
+        "pipe.zip": "is neither a folder nor a zip",
         "=cmd()": "is missing",
     }
 
@@ -335,7 +337,9 @@ def test_a_submission_that_needs_too_much_ends_alone(whole, tmp_path, monkeypatc
 def test_mistakes_of_staff_are_one_line(tmp_path, capsys):
     for words, message in (([], "name what is to be graded"), (["--submission", "/no"], "no such file or folder"),
                            (["--submission", str(tmp_path)], "an empty folder"),
-                           (["--submission", str(REFERENCE), "--prompts", "./no.json"], "--prompts ./no.json: ")):  # fmt: skip
+                           (["--submission", str(REFERENCE), "--prompts", "./no.json"], "--prompts ./no.json: "),
+                           (["--submission", str(REFERENCE), "--output_dir", str(REFERENCE / "x")], "must not lie"),
+                           (["--submission", str(REFERENCE), "--output_dir", str(ROOT / "handout")], "must not lie")):  # fmt: skip
         assert grade.main(words) == 2
         assert message in capsys.readouterr().err
 

@@ -108,6 +108,12 @@ def test_equal_sources_make_equal_bytes(built, tmp_path):
     assert (tmp_path / "handout.zip").read_bytes() == (built / "handout.zip").read_bytes()
 
 
+def test_a_folder_that_is_no_handout_is_left_alone(capsys):
+    assert make_handout.main(["--output_dir", str(ROOT)]) == 2
+    assert "its handout/ holds is no handout" in capsys.readouterr().err
+    assert (ROOT / "handout" / "ASSIGNMENT.md").exists()
+
+
 def test_a_leak_is_found():
     solution = ["result = await anext(stream)", "205000000"]
     assert make_handout.leaks({"a.py": b"    result = await anext(stream)\n"}, solution)
