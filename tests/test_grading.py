@@ -171,6 +171,73 @@ def test_a_forged_run_loses_what_it_said_of_itself_and_nothing_else(graded, name
     assert result["points"] == 8
 
 
+def half_the_steps(config):
+    config["plan"]["train"]["packed_rows"] *= 2
+
+
+def test_more_rows_than_the_steps_could_see(graded):
+    result = graded({"finetune/run_config.json": half_the_steps})
+    assert result["contradictions"] == {1: ["steps x batch: 34 told, 68 computed"], 2: []}
+
+
+def rising(rows):
+    for row, loss in zip(rows, sorted(row["loss"] for row in rows), strict=True):
+        row["loss"] = loss
+
+
+def worse(summary):
+    summary["eval_loss_after"] = summary["eval_loss_before"] + 1
+    summary["perplexity_after"] = math.exp(summary["eval_loss_after"])
+
+
+@pytest.mark.parametrize(("name", "change"), [("metrics.jsonl", rising), ("summary.json", worse)])
+def test_a_run_that_did_not_learn(graded, name, change):
+    result = graded({f"finetune/{name}": change})
+    assert result["contradictions"][1] == []
+    assert statuses(result)["learning"] == "not earned"
+    assert result["points"] == 9
+
+
+def deep(rows):
+    value: list = []
+    for _ in range(900):
+        value = [value]
+    rows[3]["output"] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "reason"),
+    [
+        ("inference/outputs_all.json", deep, "RecursionError"),
+        ("finetune/metrics.jsonl", lambda rows: rows[4].update(step_time_s=0), "ZeroDivisionError"),
+        ("finetune/summary.json", lambda summary: summary.update(eval_loss_after=1e6), "OverflowError"),
+        (
+            "inference/summary.json",
+            lambda summary: summary["settings"].update(engine_args=[]),
+            "AttributeError",
+        ),
+        ("finetune/run_config.json", lambda config: config.pop("plan"), "KeyError"),
+    ],
+)
+def test_values_that_no_program_writes_are_one_line(graded, path, change, reason):
+    result = graded({path: lambda value: change(value) and None})
+    reasons = [line["reason"] for line in result["criteria"] if line["status"] == "not earned"]
+    assert any(f"not as the program writes it: {reason}" in text for text in reasons), result
+
+
+def test_limits(whole, tmp_path, monkeypatch):
+    path = put(tmp_path / "someone", whole)
+    monkeypatch.setattr("submissions.OTHER_LIMIT", 1000)
+    reasons = {line["name"]: line["reason"] for line in grade.grade(path, ALPACA_EVAL)["criteria"]}
+    assert reasons["learning"].endswith("bytes, at most 1,000 are read")
+    packed = tmp_path / "many.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
+        for i in range(30):
+            archive.writestr(f"finetune/{i}", b"")
+    monkeypatch.setattr("submissions.MOST_ENTRIES", 29)
+    assert "more than 29 entries" in grade.grade(packed, ALPACA_EVAL)["criteria"][0]["reason"]
+
+
 def test_a_forged_inference_summary(graded):
     def faster(summary):
         summary["generate_s"] /= 10
@@ -189,6 +256,9 @@ def test_a_forged_inference_summary(graded):
         (lambda t: {k: np.random.default_rng(1).normal(size=v.shape).astype(np.float16) for k, v in t.items()},
          {"adapter_trained"}),
         (lambda t: {k: v * 0 if "lora_B" in k else v for k, v in t.items()}, {"adapter_trained"}),
+        (lambda t: {k: v * (".7." not in k) if "lora_B" in k else v for k, v in t.items()}, {"adapter_trained"}),
+        (lambda t: {k: v for k, v in t.items() if not (".7." in k and "lora_A" in k)},
+         {"adapter_keys", "adapter_shapes", "adapter_trained"}),
         (lambda t: {k: v * np.float16("nan") for k, v in t.items()}, {"adapter_trained"}),
         (lambda t: {k: v.T for k, v in t.items()}, {"adapter_shapes"}),
         (lambda t: adapter_of(rank=2), {"adapter_shapes"}),
@@ -197,7 +267,7 @@ def test_a_forged_inference_summary(graded):
         (lambda t: t | {"lm_head.weight": np.zeros((2, 2), np.float16)},
          {"adapter_keys", "adapter_shapes", "adapter_trained"}),
     ],
-    ids=["random", "zero", "nan", "transposed", "another rank", "a layer missing", "a foreign tensor"],
+    ids=["random", "zero", "one zero", "half a layer", "nan", "transposed", "another rank", "a layer missing", "a foreign tensor"],
 )  # fmt: skip
 def test_adapters_that_did_not_come_from_training(graded, change, lost):
     """The self-reported points stay provisional: only staff can tell."""

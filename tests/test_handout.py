@@ -121,6 +121,12 @@ def test_a_leak_is_found():
     assert not make_handout.leaks({"a.md": b"2050000000 and anext(stream)"}, solution)
 
 
+def test_a_file_with_a_solutions_value_stops_it(monkeypatch):
+    monkeypatch.setattr(make_handout, "SHIPPED", (*make_handout.SHIPPED, "tests/test_training.py"))
+    with pytest.raises(UserError, match=r"would be left: tests/test_training.py has 'LlamaDecoderLayer'"):
+        make_handout.make()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
