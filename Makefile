@@ -32,19 +32,18 @@ rehearse: .venv/.installed  ## both jobs on the CPU: tiny model, shipped data, s
 test: .venv/.installed  ## every claim once, on real DeepSpeed, without a GPU or the hub
 	@$(RUN) python -P -m pytest -m 'not long'
 
-# Half a minute of training and one of inference; REHEARSAL names the folder of a rehearsal to hand in instead.
 reference: .venv/.installed  ## does this machine compute what the committed rehearsal did?
 	@$(RUN) python handout/reference.py
 
-TRAINED = $${REHEARSAL:+$$REHEARSAL/finetune}
-ANSWERED = $${REHEARSAL:+$$REHEARSAL/inference}
 submission: .venv/.installed  ## build/submission.zip: the files to hand in (REHEARSAL=rehearsal/runs/...: of that run)
-	@$(RUN) rm -rf build/submission; mkdir -p build/submission/{finetune,inference}; \
-	trained=$(TRAINED); answered=$(ANSWERED); \
-	cp "$${trained:-deepspeed/output_llama2_7b_lora}"/{adapter_model.safetensors,adapter_config.json,metrics.jsonl} \
-	    "$${trained:-deepspeed/output_llama2_7b_lora}"/{run_config.json,summary.json} build/submission/finetune && \
-	cp "$${answered:-sglang}"/{outputs.jsonl,outputs_all.json,summary.json} build/submission/inference && \
-	cd build/submission && python -m zipfile -c ../submission.zip finetune inference && echo build/submission.zip
+	@$(RUN) rm -rf build/submission build/submission.zip; mkdir -p build/submission/{finetune,inference}; \
+	trained=$${REHEARSAL:+$$REHEARSAL/finetune}; trained=$${trained:-deepspeed/output_llama2_7b_lora}; \
+	answered=$${REHEARSAL:+$$REHEARSAL/inference}; answered=$${answered:-sglang}; \
+	cp "$$trained"/{adapter_model.safetensors,adapter_config.json,metrics.jsonl,run_config.json,summary.json} \
+	    build/submission/finetune || echo "problem 1 is not complete" >&2; \
+	cp "$$answered"/{outputs.jsonl,outputs_all.json,summary.json} build/submission/inference \
+	    || echo "problem 2 is not complete" >&2; \
+	cd build/submission; python -m zipfile -c ../submission.zip finetune inference; echo build/submission.zip
 
 clean:  ## remove rehearsal runs and caches (not .venv, not your outputs)
 	rm -rf build/handout build/handout.zip rehearsal/runs .pytest_cache .ruff_cache .hypothesis

@@ -187,11 +187,12 @@ def check_keys(tensors: dict[str, np.ndarray], targets: object) -> Verdict:
 
 def check_shapes(tensors: dict[str, np.ndarray], rank: object, model: tuple[int, int, int]) -> Verdict:
     _, hidden, inner = model
+    up = (hidden, inner)
+    shapes = {"mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": (inner, hidden)}
     for key, tensor in tensors.items():
         module, side = KEY.fullmatch(key).groups()[1:]
-        width = inner if module == ("mlp.down_proj" if side == "A" else "mlp.gate_proj") else hidden
-        width = inner if side == "B" and module == "mlp.up_proj" else width
-        expected = (rank, width) if side == "A" else (width, rank)
+        inputs, outputs = shapes.get(module, (hidden, hidden))
+        expected = (rank, inputs) if side == "A" else (outputs, rank)
         if tensor.shape != expected:
             return False, f"{key} is {tensor.shape}, expected {printable(expected)}"
     return True, f"rank {rank} in all of them"
@@ -253,7 +254,7 @@ def training_contradictions(rows: list[dict], config: dict, summary: dict) -> li
     losses = [row["loss"] for row in rows if row["loss"] is not None]
     if summary["eval_loss_after"] < 0.8 * min(losses):
         found.append("eval_loss_after is far below every training loss")
-    return found
+    return found[:20]
 
 
 def check_memory(summary: dict, plan: dict, on_cpu: bool) -> Verdict:
@@ -569,7 +570,9 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: --output_dir: {error.filename} cannot be written ({error.strerror})", file=sys.stderr)
+        if isinstance(error, BrokenPipeError):
+            raise
+        print(f"error: --output_dir {flags.output_dir}: cannot be written ({error.strerror})", file=sys.stderr)
         return 2
     return 0
 
