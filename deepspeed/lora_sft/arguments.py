@@ -64,9 +64,9 @@ class Arguments:
     deepspeed: str = str(FOLDER / "zero3.json")
     max_train_rows: int = 8000
     max_eval_rows: int = 500
-    # Problem 1a: choose LoRA's rank, scale (alpha / r), dropout and the modules that get adapters, and what a forward
-    # pass may hold: tokens of a micro-batch (a multiple of --max_seq_len), and whether activations are recomputed.
-    # `--preflight_only` predicts the peak of two 16 GB GPUs, part by part.
+    # Problem 1a: choose LoRA's rank, scale (alpha / r), dropout and the modules that get adapters, and what a
+    # forward pass may hold: tokens of a micro-batch (a multiple of --max_seq_len), and whether activations are
+    # recomputed. `--preflight_only` predicts the peak of two 16 GB GPUs, part by part.
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.05

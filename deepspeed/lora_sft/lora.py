@@ -9,9 +9,10 @@ from .arguments import Arguments
 def add_adapters(model: PreTrainedModel, args: Arguments) -> PeftModel:
     """Freezes `model` and adds to the linear layers that `args.lora_targets` names what trains instead: the pairs
     lora_A [r, in] (random, from torch's generator) and lora_B [out, r] (zero), in the base's dtype."""
-    # Problem 1c: configure LoRA from the flags and wrap the model with it. Two things fail silently otherwise:
-    # checkpointed layers get no gradient as long as nothing that enters them wants one (the embedding is frozen),
-    # and DeepSpeed scales the loss only if what trains is fp16, so that adapters must keep the base's dtype.
+    # Problem 1c: configure LoRA from the flags (peft) and return the model wrapped with it. Two things fail
+    # silently otherwise: checkpointed layers get no gradient as long as nothing that enters them wants one (the
+    # embedding is frozen), and DeepSpeed scales the loss only if what trains is fp16, so that adapters must
+    # keep the base's dtype.
     model.enable_input_require_grads()
     config = LoraConfig(
         task_type="CAUSAL_LM",

@@ -264,8 +264,8 @@ def environment(args: Arguments) -> dict[str, str]:
         }
     # Problem 2d: keep RadixAttention on. In its deterministic mode, which the reproducible profile uses, SGLang
     # switches the radix cache off for FlashInfer. One of sglang/runtime_plugins keeps it on; name it, beside
-    # jump_forward where that was asked for, in RUNTIME_PLUGINS, the only variable that a GPU needs. (A rehearsal does
-    # not come here, so only a test and the cluster tell.)
+    # jump_forward where that was asked for, in RUNTIME_PLUGINS, the only variable that a GPU needs. (A
+    # rehearsal does not come here, so only a test and the cluster tell.)
     deterministic_radix = ["deterministic_radix"] if args.reproducible else []
     return {"RUNTIME_PLUGINS": ",".join(deterministic_radix + jump_forward)}
     # End of problem 2d
@@ -405,8 +405,9 @@ def start(args: Arguments, chosen: Choices, architectures: list[str], records: l
     if args.device == "cuda":
         watch.start()
     try:
-        # Problem 2a: create the engine. ServerArgs takes the values of `chosen` by name (their reasons are for people)
-        # and checks them, Engine takes the ServerArgs. Let SGLang log errors only, unless `chosen` says otherwise.
+        # Problem 2a: create `engine`. ServerArgs takes the values of `chosen` by name (their reasons are for
+        # people) and checks them, Engine takes them as server_args. Let SGLang log errors only, unless `chosen`
+        # says otherwise.
         arguments = ServerArgs(**{"log_level": "error"} | {name: value for name, (value, _) in chosen.items()})
         engine = Engine(server_args=arguments)
         # End of problem 2a
@@ -464,10 +465,12 @@ async def answer_all(
     left = sum(len(records) for records, _ in plans)
     waiting = asyncio.Semaphore(waiting_limit or left)
 
-    # Problem 2b: write `generate`, which asks the engine for one record and returns the last result it gives. The
-    # record's ids and adapter, its sampling parameters and the copy of the engine (None: any) go in. While it waits for
-    # its first token it holds `waiting`. `computed`, if it is not None, is to be called with the first token: others
-    # wait for this prompt's KV. Where nobody needs to know of the first token, the answer comes in one piece.
+    # Problem 2b: write `generate`, which asks the engine for one record and returns the last result it gives.
+    # engine.async_generate takes input_ids, sampling_params, lora_path (the record's adapter), routed_dp_rank
+    # (the copy of the engine; None: any) and stream. Awaited it gives the result; with stream=True an iterator
+    # of results, each with all text so far. Until its first token a record holds the semaphore `waiting`. Then
+    # `computed`, if it is not None, is to be called: others wait for this prompt's KV. Without a waiting_limit
+    # and `computed` nobody needs to know of the first token, and a stream would only cost time.
     async def generate(record: Record, copy: int | None, computed: Callable | None) -> dict:
         request = {"input_ids": record.input_ids, "lora_path": record.lora, "routed_dp_rank": copy}
         params = record.sampling_params(args)
@@ -503,9 +506,9 @@ async def answer_all(
     tasks = [loop.create_task(stopped.wait())]
     for copy, (records, order) in enumerate(plans):
         rank = copy if len(plans) > 1 else None
-        # Problem 2c: put all records in flight at once, without waiting for any (--batch_size, if it is not 0, limits
-        # how many, shared by the copies). planner.follow calls answer(record, rank, computed) for each, in the plan's
-        # order; it runs as a task of its own, and this function waits for what is in `tasks`.
+        # Problem 2c: put all records in flight at once, without waiting for any (--batch_size, if it is not 0,
+        # limits how many, shared by the copies). planner.follow calls answer(record, rank, computed) for each,
+        # in the plan's order; it runs as a task of its own, and this function waits for what is in `tasks`.
         at_once = max(1, args.batch_size // len(plans)) if args.batch_size else max(1, len(records))
         ask = functools.partial(
             lambda records, rank, i, computed: answer(records[i], rank, computed), records, rank
