@@ -123,7 +123,7 @@ class Problem:
             verdict = by()
         except Refused as refused:
             verdict = (False, str(refused))
-        except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RecursionError) as error:
+        except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
             verdict = (False, f"not as the program writes it: {printable(repr(error))}")
         self.verdicts |= dict.fromkeys(names, verdict)
 
@@ -303,7 +303,7 @@ def grade_inference(submission: Submission, alpaca_eval: list[str] | UserError) 
             path = Path(folder) / "outputs.jsonl"
             path.write_text(text, encoding="utf-8")
             for name, value in files.items():
-                write_json(path.with_name(name), value)
+                write_json(path.with_name(name), seen_by_checker(value))
             found = check_outputs.check(path, len(range(0, ALL_RECORDS, check_outputs.EVERY)))
         rows.extend(found["rows"])
         problem.rehearsal = bool({row["instruction"] for row in rows} & set(shipped))
@@ -335,21 +335,31 @@ def grade_inference(submission: Submission, alpaca_eval: list[str] | UserError) 
 
 
 def check_array(value: object, files: dict, name: str) -> Verdict:
-    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise Refused(f"inference/{name}: not an array of objects")
+    rows = value if isinstance(value, list) else [None]
+    if not all(isinstance(row, dict) and isinstance(row["output"], str) for row in rows):
+        raise Refused(f"inference/{name}: not an array of objects with an output")
     files[name] = value
     return True, ""
 
 
 def check_counts(value: object, files: dict, name: str) -> Verdict:
-    """What check_outputs.py takes from summary.json."""
-    whole = isinstance(value["records"], int) and all(isinstance(index, int) for index in value["truncated"])
-    if not whole or not all(isinstance(failure["index"], int) for failure in value["failures"]):
+    indices = [value["records"], *value["truncated"], *(failure["index"] for failure in value["failures"])]
+    if not all(isinstance(index, int) for index in indices):
         raise Refused(f"inference/{name}: records, failures or truncated are not as the program writes them")
-    for failure in value["failures"]:
-        failure["reason"] = printable(failure["reason"])
     files[name] = value
     return True, ""
+
+
+def seen_by_checker(value: dict | list) -> dict | list:
+    """What check_outputs.py reads of outputs_all.json and summary.json: the rest could be anything."""
+    if isinstance(value, list):
+        return [
+            {"instruction": text if isinstance(text := row.get("instruction"), str) else ""} for row in value
+        ]
+    failures = [
+        {"index": failure["index"], "reason": printable(failure["reason"])} for failure in value["failures"]
+    ]
+    return {"records": value["records"], "truncated": value["truncated"], "failures": failures}
 
 
 def check_instructions(rows: list[dict], wanted: list[str] | UserError) -> Verdict:
@@ -397,7 +407,7 @@ def inference_contradictions(summary: dict, everything: list[dict] | None, rows:
     if summary["load_s"] + summary["compile_s"] + summary["generate_s"] > summary["wall_s"]:
         found.append("loading and generating took longer than the whole run")
     if everything is None:
-        return [*found, "there is no outputs_all.json beside it"]
+        return [*found, "outputs_all.json is missing or cannot be read"]
     if len(everything) != summary["records"]:
         found.append(f"{len(everything)} records in outputs_all.json, {printable(summary['records'], 40)} told")
     if [row.get("output") for row in everything[:: check_outputs.EVERY]] != [row["output"] for row in rows]:

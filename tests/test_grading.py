@@ -198,17 +198,16 @@ def test_a_run_that_did_not_learn(graded, name, change):
     assert result["points"] == 9
 
 
-def deep(rows):
+def deep(levels: int = 800) -> list:
     value: list = []
-    for _ in range(900):
+    for _ in range(levels):
         value = [value]
-    rows[3]["output"] = value
+    return value
 
 
 @pytest.mark.parametrize(
     ("path", "change", "reason"),
     [
-        ("inference/outputs_all.json", deep, "RecursionError"),
         ("finetune/metrics.jsonl", lambda rows: rows[4].update(step_time_s=0), "ZeroDivisionError"),
         ("finetune/summary.json", lambda summary: summary.update(eval_loss_after=1e6), "OverflowError"),
         (
@@ -223,6 +222,17 @@ def test_values_that_no_program_writes_are_one_line(graded, path, change, reason
     result = graded({path: lambda value: change(value) and None})
     reasons = [line["reason"] for line in result["criteria"] if line["status"] == "not earned"]
     assert any(f"not as the program writes it: {reason}" in text for text in reasons), result
+
+
+def test_a_file_beside_the_answers_costs_only_its_own_points(graded):
+    result = graded(
+        {"inference/outputs_all.json": lambda rows: rows[3].update(output=deep(), instruction=deep())}
+    )
+    assert {name for name, status in statuses(result).items() if status == "withdrawn"} == {
+        "time",
+        "radix_cache",
+    }
+    assert result["points"] == 8
 
 
 def test_limits(whole, tmp_path, monkeypatch):
@@ -477,6 +487,20 @@ def test_no_bytes_make_the_grader_fail(small, content, path, at):
         grade.grade(folder, ALPACA_EVAL)
     finally:
         (folder / path).write_bytes(files[path])
+
+
+def test_no_depth_makes_the_grader_fail(small):
+    """Around the depth where reading still works and showing no longer does."""
+    folder, files = small
+    path = folder / "finetune/summary.json"
+    summary = json.loads(files["finetune/summary.json"])
+    try:
+        for levels in range(800, 1000):
+            text = json.dumps(summary | {"gpu_name": "DEEP"}).replace('"DEEP"', "[" * levels + "]" * levels)
+            path.write_text(text)
+            grade.grade(folder, ALPACA_EVAL)
+    finally:
+        path.write_bytes(files["finetune/summary.json"])
 
 
 @settings(max_examples=80)
