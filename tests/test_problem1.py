@@ -54,8 +54,8 @@ def test_1c_only_adapters_train_and_they_get_gradients(libraries, tiny_model, tm
 
         args = parse(["--lora_r", "4", "--lora_target_modules", "q_proj,down_proj"])
         model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
-        model.gradient_checkpointing_enable({"use_reentrant": True})
         model = add_adapters(model, args)
+        model.gradient_checkpointing_enable({"use_reentrant": True})  # the Trainer does it after this, too
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         assert len(trained) == 4 * 2 * 2  # layers, modules, A and B
         assert all("lora_" in name and p.dtype == torch.bfloat16 for name, p in trained.items())

@@ -18,7 +18,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.in_flight = self.most_in_flight = self.waiting = self.most_waiting = 0
-        self.started: list[tuple[list[int], int]] = []  # ids, and how many first tokens there were by then
+        self.started: list[tuple] = []  # ids; first tokens by then; records in flight by then
         self.first_tokens = 0
 
     async def async_generate(self, input_ids, sampling_params, stream=False, **_):
@@ -28,7 +28,7 @@ class FakeEngine:
         return [result async for result in results][-1]
 
     async def results(self, ids):
-        self.started.append((ids, self.first_tokens))
+        self.started.append((ids, self.first_tokens, self.in_flight))
         self.in_flight, self.waiting = self.in_flight + 1, self.waiting + 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         self.most_waiting = max(self.most_waiting, self.waiting)
@@ -86,10 +86,10 @@ def test_2b_2c_so_many_wait_for_their_first_token(ask):
 
 
 def test_2b_2c_a_shared_prefix_is_computed_once(ask):
-    """In the plan's order; the others start when the first of them has its first token."""
+    """In the plan's order; the others start when the first of them has its first token, not when it has ended."""
     prompts = [[1, 2, 3, number] for number in (9, 7, 8)]
     engine, _ = ask(prompts, order=Plan.depth_first(prompts, [2] * 3, 1000))
-    assert engine.started == [(prompts[1], 0), (prompts[2], 1), (prompts[0], 1)]
+    assert engine.started == [(prompts[1], 0, 0), (prompts[2], 1, 1), (prompts[0], 1, 2)]
 
 
 def test_2b_2c_a_bad_record_costs_no_other(ask):

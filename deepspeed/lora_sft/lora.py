@@ -9,11 +9,9 @@ from .arguments import Arguments
 def add_adapters(model: PreTrainedModel, args: Arguments) -> PeftModel:
     """Freezes `model` and adds to the linear layers that `args.lora_targets` names what trains instead: the pairs
     lora_A [r, in] (random, from torch's generator) and lora_B [out, r] (zero), in the base's dtype."""
-    # Problem 1c: configure LoRA from the flags (peft) and return the model wrapped with it. Two things fail
-    # silently otherwise: checkpointed layers get no gradient as long as nothing that enters them wants one (the
-    # embedding is frozen), and DeepSpeed scales the loss only if what trains is fp16, so that adapters must
-    # keep the base's dtype.
-    model.enable_input_require_grads()
+    # Problem 1c: configure LoRA from the flags (peft) and return the model wrapped with it. One thing fails
+    # silently otherwise: DeepSpeed scales the loss only if what trains is fp16, so the adapters must keep the
+    # base's dtype, and PEFT's default would not.
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,
@@ -21,6 +19,6 @@ def add_adapters(model: PreTrainedModel, args: Arguments) -> PeftModel:
         lora_dropout=args.lora_dropout,
         target_modules=args.lora_targets,
     )
-    # DeepSpeed keeps fp32 master weights anyway; PEFT's default would make the adapters fp32.
+    # DeepSpeed keeps fp32 master weights anyway.
     return get_peft_model(model, config, autocast_adapter_dtype=False)
     # End of problem 1c
