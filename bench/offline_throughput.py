@@ -176,6 +176,8 @@ def serve(names: list[str], todo: list[TimedRecord], given: argparse.Namespace, 
     if kind == "sglang_defaults" and given.device == "cuda":
         own = {name: (value, "--engine_args") for name, value in args.own_engine_args.items()}
         chosen = {"model_path": (model.folder, ""), "dp_size": (1, "")} | SGLANG_DEFAULTS | own
+        for name in environment:
+            os.environ.pop(name, None)
         environment = {"RUNTIME_PLUGINS": ""}
     os.environ.update(environment)
     os.environ["RUNTIME_PLUGINS"] += ",answer_lengths"
