@@ -31,6 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "sglang"))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
 import qwen_shape

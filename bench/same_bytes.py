@@ -21,6 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "sglang"))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
 import qwen_shape
