@@ -14,6 +14,7 @@ if [ -n "${LLM_STORAGE:-}" ]; then
     export HF_HOME="${HF_HOME:-$LLM_STORAGE/huggingface}"
     export FLASHINFER_WORKSPACE_BASE="${FLASHINFER_WORKSPACE_BASE:-$LLM_STORAGE/flashinfer}"
     export TVM_FFI_CACHE_DIR="${TVM_FFI_CACHE_DIR:-$LLM_STORAGE/tvm-ffi}"
+    export SGLANG_DG_CACHE_DIR="${SGLANG_DG_CACHE_DIR:-$LLM_STORAGE/deep_gemm}"
     export TRITON_HOME="${TRITON_HOME:-$LLM_STORAGE/triton}"
     export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$LLM_STORAGE/torch_extensions}"
     export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$LLM_STORAGE/torchinductor}"

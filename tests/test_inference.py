@@ -189,6 +189,19 @@ def test_bytes_do_not_depend_on_what_runs_beside(run_inference, flags, uninterru
     assert results(tmp_path) == results(uninterrupted)
 
 
+def test_records_that_a_full_pool_puts_back_are_counted(run_inference, flags, uninterrupted, tmp_path):
+    """On the CPU they are the same; on a GPU another kernel computes them the second time, and the end says so."""
+    pool = '{"max_total_tokens": 500, "schedule_conservativeness": 0.01}'
+    options = ["--max_running_requests", 16, "--engine_args", pool]
+    code, text = run_inference(*flags, *options, "--output_file", tmp_path / "outputs.jsonl").wait()
+    assert code == 0, text
+    retracted = summary_of(tmp_path)["retracted_records"]
+    assert retracted > 0
+    assert f"{retracted} records were computed again because the KV pool was full" in text
+    assert results(tmp_path) == results(uninterrupted)
+    assert summary_of(uninterrupted)["retracted_records"] == 0
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("repetition", range(3))
 @pytest.mark.parametrize("options", [("--max_running_requests", n) for n in (1, 4, 16)] + [("--dp_size", 2)])

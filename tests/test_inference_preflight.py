@@ -56,6 +56,11 @@ def test_gpus_that_cannot_be_used(monkeypatch, gpus, options, expected):
         look(monkeypatch, gpus, **options)
 
 
+def test_a_shared_gpu_is_a_warning_where_the_pool_is_bounded(monkeypatch):
+    args = Arguments(engine_args='{"max_total_tokens": 1000}')
+    assert look(monkeypatch, [H200 | {"free_gib": 60.0}], args=args).gpus == 1
+
+
 def test_nvml_answers_are_read_without_cuda(monkeypatch):
     """A fake pynvml with two whole GPUs and a MIG slice of the second."""
 

@@ -43,7 +43,8 @@ def test_nothing_happens_unless_the_cpu_was_asked_for(runtime, monkeypatch, tmp_
         assert cpu.activate() is None
         cpu.register()
         deterministic_radix.register()
-        assert not HookRegistry._hooks
+        tail = ["sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len"]
+        assert list(HookRegistry._hooks) == (tail if asked else [])
         assert torch.Tensor.pin_memory is pin
         expected = [before[0], before[1] + (["flashinfer"] if asked else [])]
         assert [list(names) for names in lists] == expected
@@ -100,6 +101,36 @@ def test_only_the_asked_for_platform_starts(runtime, monkeypatch, tmp_path):
             platforms._resolve_platform()
         del os.environ["SGLANG_PLATFORM"]
         assert type(platforms._resolve_platform()).__module__.startswith("sglang.")
+
+    in_child(check, tmp_path)
+
+
+def test_ends_of_prompts_are_computed_and_answers_end_at_their_lengths(runtime, tiny_qwen2, tmp_path):
+    """A prompt that the tree holds as a whole is computed from its last tile on (4 query heads, 2 for KV:
+    33 tokens), shorter ones as a whole; an answer ends at its length whatever the model samples."""
+
+    def check() -> None:
+        os.environ["RUNTIME_PLUGINS"] = "cpu,deterministic_radix,answer_lengths"
+        from batch_infer.engine import fork_engine_processes
+
+        fork_engine_processes()
+        from sglang.srt.entrypoints.engine import Engine
+
+        engine = Engine(
+            **{"model_path": str(tiny_qwen2), "device": "cpu", "dtype": "float32", "mem_fraction_static": 0.3},
+            **{"attention_backend": "torch_native", "disable_cuda_graph": True, "log_level": "error"},
+            **{"max_total_tokens": 1000, "max_running_requests": 4, "random_seed": 0},
+        )
+        for length in (20, 34, 60):
+            prompts = [[3 + length, *range(10, 9 + length)]]
+            for cached in (0, max(0, length - 33)):
+                params = {"max_new_tokens": 90, "custom_params": {"answer_tokens": length}}
+                (answer,) = engine.generate(input_ids=prompts, sampling_params=[params])
+                assert answer["meta_info"]["cached_tokens"] == cached, length
+                assert len(answer["output_ids"]) == answer["meta_info"]["completion_tokens"] == length
+                assert answer["meta_info"]["finish_reason"]["type"] == "stop"
+        (answer,) = engine.generate(input_ids=[[5, 6]], sampling_params=[{"max_new_tokens": 90}])
+        assert answer["meta_info"]["completion_tokens"] != 60
 
     in_child(check, tmp_path)
 

@@ -252,7 +252,11 @@ def print_choices(chosen: Choices) -> None:
 
 def environment(args: Arguments) -> dict[str, str]:
     """What the engine's processes read: which of runtime_plugins are on, and on the CPU one OpenMP thread per
-    scheduler (sums have one order), no GPU, and no torch.compile (it would compile for minutes)."""
+    scheduler (sums have one order), no GPU, and no torch.compile (it would compile for minutes).
+
+    Without SGLANG_FORCE_STREAM_INTERVAL every request's new tokens travel to the detokenizer every 50 steps, and
+    those of requests that began together in the same step; here only finished answers count."""
+    whole_answers = {"SGLANG_FORCE_STREAM_INTERVAL": str(2**30)}
     jump_forward = ["jump_forward"] if args.jump_forward else []
     if args.device == "cpu":
         return {
@@ -261,14 +265,14 @@ def environment(args: Arguments) -> dict[str, str]:
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
             "TORCHDYNAMO_DISABLE": "1",
-        }
+        } | whole_answers
     # Problem 2d: keep RadixAttention on. In its deterministic mode, which the reproducible profile uses, SGLang
-    # switches the radix cache off for FlashInfer. One of sglang/runtime_plugins keeps it on; name it, beside
-    # jump_forward where that was asked for, in RUNTIME_PLUGINS, the only variable that a GPU needs. (A
-    # rehearsal does not come here, so only a test and the cluster tell.)
+    # switches the radix cache off for FlashInfer. One of sglang/runtime_plugins keeps it on: name it in a list
+    # `deterministic_radix`, which is empty where it is not needed. (A rehearsal does not come here, so only a
+    # test and the cluster tell.)
     deterministic_radix = ["deterministic_radix"] if args.reproducible else []
-    return {"RUNTIME_PLUGINS": ",".join(deterministic_radix + jump_forward)}
     # End of problem 2d
+    return {"RUNTIME_PLUGINS": ",".join(deterministic_radix + jump_forward)} | whole_answers
 
 
 def serve_line(args: Arguments, chosen: Choices) -> str:

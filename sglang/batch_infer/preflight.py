@@ -167,17 +167,21 @@ def look_at_gpus(args: Arguments, machine: Machine) -> str:
             f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})"
         )
     used = args.tp_size * (args.dp_size or len(gpus) // args.tp_size)
+    shared = ""
     for index, gpu in enumerate(gpus[:used]):
         if gpu["free_gib"] < 0.9 * gpu["memory_gib"]:
-            raise UserError(
+            shared = (
                 f"GPU {index}: {gpu['free_gib']:.1f} of {gpu['memory_gib']:.1f} GiB free, another process holds it "
                 "(nvidia-smi)"
             )
+            if "max_total_tokens" not in args.own_engine_args:  # which bounds the pool
+                raise UserError(f"{shared}; --engine_args '{{\"max_total_tokens\": 100000}}' shares a GPU")
     smallest = min(gpus[:used], key=lambda gpu: gpu["memory_gib"])
     machine.gpu_name, machine.gpus = gpus[0]["name"], len(gpus)
     machine.memory_gib = smallest["memory_gib"]
     machine.bandwidth, machine.flops = smallest["bandwidth"], smallest["flops"]
-    return f"{len(gpus)} x {machine.gpu_name}, {machine.memory_gib:.1f} GiB, driver {driver_version()}"
+    found = f"{len(gpus)} x {machine.gpu_name}, {machine.memory_gib:.1f} GiB, driver {driver_version()}"
+    return f"WARN: {found}; {shared}" if shared else found
 
 
 def look_at_kernel_tools(args: Arguments) -> str | None:

@@ -171,6 +171,7 @@ def answer_row(record: Record, result: dict) -> dict:
         "prompt_tokens": meta["prompt_tokens"],
         "cached_tokens": meta["cached_tokens"],
         "output_tokens": meta["completion_tokens"],
+        "retractions": meta.get("num_retractions", 0),
         "forced_runs": [tokens for tokens in meta.get("forced_runs", ()) if tokens],  # --jump_forward
     }
 
@@ -233,6 +234,7 @@ def summarise(records: list[Record], rows: dict[int, dict]) -> dict:
         "prefix_hit_rate": cached / prompt_tokens if prompt_tokens else None,
         "optimum_hit_rate": optimum / prompt_tokens if prompt_tokens else None,
         "output_tokens": sum(row["output_tokens"] for row in answered),
+        "retracted_records": sum(row.get("retractions", 0) > 0 for row in answered),
         "jumps": len(forced_runs),
         "forced_tokens": sum(forced_runs),
         "cap_hit_share": capped / len(answered) if answered else None,

@@ -187,6 +187,12 @@ def print_end(args: Arguments, summary: dict, serve_line: str) -> None:
         "fast": "two runs differ",
         "mixed": "begun on another machine or lock; start anew for bytes",
     }[profile]
+    if summary["retracted_records"]:
+        # Their last tokens were computed by decoding, then again by prefilling: on a GPU by another kernel.
+        again = f"{summary['retracted_records']} records were computed again because the KV pool was full"
+        promise += (
+            f"; {again}" if args.device == "cpu" else f", but {again} and may differ: --max_running_requests"
+        )
     print(f"profile      {profile}: {promise}")
     print(f"answers      {args.output_file} (every 10th)")
     print(f"all          {args.folder / ALL}; {SUMMARY}, {LENGTHS} beside it")

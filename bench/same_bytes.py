@@ -1,0 +1,162 @@
+"""Whether run_sglang.py writes the same bytes, however the records run: fresh runs, few or all in flight, on other
+copies, after a kill.
+
+    python bench/same_bytes.py --records FILE            # on a GPU: random weights of Qwen2.5-7B's shape
+    python bench/same_bytes.py --device cpu              # the rehearsal's tiny model
+    python bench/same_bytes.py fresh_1 in_flight_64      # these runs only
+
+Every run is the real command in a folder of its own. A quarter of the prompts comes twice: then all of a
+prompt is in the radix tree. Prints a row per run and writes bench/results/same_bytes.json; exit code 1 if a run
+differs from the first.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "sglang"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
+import qwen_shape
+
+from batch_infer import preflight
+from batch_infer.arguments import REHEARSAL
+from batch_infer.records import ALL, PARTIAL, SUMMARY, count_answers
+from workbench import UserError
+from workbench.files import commit, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = REHEARSAL / "runs" / "same_bytes"
+RESULT = Path(__file__).resolve().parent / "results" / "same_bytes.json"
+KILLED, TWO_GPUS = "killed_and_resumed", "two_gpus"
+RUNS = {  # name -> flags of this run alone
+    "fresh_1": [],
+    "fresh_2": [],
+    "fresh_3": [],
+    "fresh_4": [],
+    "fresh_5": [],
+    "in_flight_64": ["--batch_size", "64"],
+    "in_flight_256": ["--batch_size", "256"],
+    "running_100": ["--max_running_requests", "100"],
+    KILLED: [],
+    TWO_GPUS: ["--dp_size", "2"],
+}
+
+
+def run(name: str, command: list[str], folder: Path, kill_at: int) -> dict:
+    """One run of the command. KILLED: kill -9 after `kill_at` answers, then the same command again."""
+    flags = [*command, *(RUNS[name] if name == TWO_GPUS else ["--dp_size", "1", *RUNS[name]])]
+    flags += ["--output_file", str(folder / "outputs.jsonl")]
+    folder.mkdir(parents=True)
+    killed = None
+    with (folder / "terminal.txt").open("wb") as terminal:
+        options = {"stdout": terminal, "stderr": subprocess.STDOUT, "cwd": ROOT}
+        if name == KILLED:
+            process = subprocess.Popen(flags, start_new_session=True, **options)
+            while count_answers(folder / PARTIAL) < kill_at and process.poll() is None:
+                time.sleep(0.05)
+            os.kill(process.pid, signal.SIGKILL)  # its child dies with it, and the engine with that
+            process.wait()
+            killed = count_answers(folder / PARTIAL)
+            time.sleep(5)
+        code = subprocess.run(flags, check=False, **options).returncode
+    if code:
+        raise UserError(f"{name}: exit code {code}, see {folder / 'terminal.txt'}")
+    summary = json.loads((folder / SUMMARY).read_text())
+    answers = (folder / ALL).read_bytes()
+    print(f"{name}: done, SHA-256 {hashlib.sha256(answers).hexdigest()[:12]}", flush=True)
+    return {
+        "run": name,
+        "sha256": hashlib.sha256(answers).hexdigest(),
+        "outputs": [row["output"] for row in json.loads(answers)],
+        "cached_prompt_tokens": summary["cached_prompt_tokens"],
+        "output_tokens": summary["output_tokens"],
+        "answers_before_the_kill": killed,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", help=f"of {', '.join(RUNS)} (default: all that the GPUs here allow)")
+    parser.add_argument("--records", default=str(REHEARSAL / "instructions.json"), help="prompts, as --prompts")
+    parser.add_argument("--limit", type=int, default=805, help="records in all, the repeated ones among them")
+    parser.add_argument("--max_new_tokens", type=int, default=96)
+    parser.add_argument("--at_once", type=int, default=4, help="runs at a time")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--engine_args", default='{"load_format": "dummy", "max_total_tokens": 100000}')
+    given = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(Path(given.records).read_text())
+    distinct = rows[: given.limit * 4 // 5]
+    prompts = FOLDER / "prompts.json"
+    prompts.write_text(json.dumps([row["instruction"] for row in distinct + distinct[: len(distinct) // 4]]))
+    command = [sys.executable, str(ROOT / "sglang" / "run_sglang.py"), "--prompts", str(prompts)]
+    command += ["--max_new_tokens", str(given.max_new_tokens)]
+    if given.device == "cpu":
+        command += ["--rehearse"]
+    else:
+        model = qwen_shape.build(FOLDER / "qwen2.5-7b-shape")
+        command += ["--model_path", str(model), "--engine_args", given.engine_args]
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    gpus = preflight.nvml_gpus() if given.device == "cuda" else []
+    names = given.runs or [name for name in RUNS if name != TWO_GPUS or len(gpus) > 1]
+    if not set(names) <= set(RUNS):
+        print(
+            f"error: no run {', '.join(set(names) - set(RUNS))}; choose of {', '.join(RUNS)}", file=sys.stderr
+        )
+        return 2
+    together = [name for name in names if name not in (KILLED, TWO_GPUS)]
+    # Runs of a wave start together: preflight refuses a GPU that another process already fills.
+    waves = [together[i : i + given.at_once] for i in range(0, len(together), given.at_once)]
+    waves += [[name] for name in names if name in (KILLED, TWO_GPUS)]
+
+    def job(name: str) -> dict:
+        return run(name, command, FOLDER / stamp / name, len(distinct) // 4)
+
+    results = []
+    try:
+        for wave in waves:
+            with ThreadPoolExecutor(given.at_once) as pool:
+                results += pool.map(job, wave)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    first = results[0]["outputs"]
+    for result in results:
+        outputs = result.pop("outputs")
+        different = [i for i, pair in enumerate(zip(first, outputs, strict=True)) if pair[0] != pair[1]]
+        result |= {"different_records": len(different), "first_different_record": next(iter(different), None)}
+        print(
+            f"{result['run']:20} {len(outputs) - len(different)} of {len(outputs)} as in the first, "
+            f"{result['cached_prompt_tokens']:,} cached prompt tokens, SHA-256 {result['sha256'][:12]}",
+            flush=True,
+        )
+    settings = json.loads((FOLDER / stamp / results[0]["run"] / SUMMARY).read_text())["settings"]
+    identical = sum(result["sha256"] == results[0]["sha256"] for result in results)
+    write_json(
+        RESULT,
+        {
+            "identical_runs": identical,
+            "runs": results,
+            "records": len(first),
+            "repeated_prompts": len(distinct) // 4,
+            "prompts_sha256": hashlib.sha256(Path(given.records).read_bytes()).hexdigest(),
+            "engine_args": settings["engine_args"] | {"model_path": None, "tokenizer_path": None},
+            "hardware": gpus[0]["name"] if gpus else settings["cpu_capability"],
+            "versions": settings["versions"],
+            "commit": commit(),
+        },
+    )
+    print(f"{identical} of {len(results)} runs identical")
+    return 0 if identical == len(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The benchmarks of inference: the same work for every row, and ratios within a command only."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+
+from harness import ROOT
+
+sys.path.append(str(ROOT / "bench"))
+import offline_throughput
+import qwen_shape
+
+from workbench import UserError
+
+GIVEN = {"records": None, "seed": 0, "capped": False, "limit": 0, "cap": 8192}
+
+
+def test_drawn_lengths_are_alpaca_evals():
+    """437,212 answer tokens and 56,237 with template for the prompts; another seed draws others."""
+    records = offline_throughput.workload(argparse.Namespace(**GIVEN), 152064)
+    assert len({record.key for record in records}) == len(records) == 805
+    assert sum(record.answer_tokens for record in records) == pytest.approx(437_212, rel=0.06)
+    assert sum(len(record.input_ids) for record in records) == pytest.approx(56_237, rel=0.1)
+    again = offline_throughput.workload(argparse.Namespace(**GIVEN), 152064)
+    assert records == again
+    other = offline_throughput.workload(argparse.Namespace(**GIVEN | {"seed": 1}), 152064)
+    assert [r.answer_tokens for r in records] != [r.answer_tokens for r in other]
+    capped = offline_throughput.workload(argparse.Namespace(**GIVEN | {"capped": True}), 152064)
+    assert sum(record.answer_tokens == 8192 for record in capped) == 161
+
+
+def test_prompts_share_the_header_only():
+    first, second = (qwen_shape.prompt_ids(text, 1000) for text in ("a" * 80, "b" * 400))
+    assert (len(first), len(second)) == (20 + 29, 100 + 29)
+    assert first[: qwen_shape.HEADER_TOKENS] == second[: qwen_shape.HEADER_TOKENS]
+    assert first[qwen_shape.HEADER_TOKENS :] != second[qwen_shape.HEADER_TOKENS : len(first)]
+
+
+@pytest.mark.parametrize(
+    "text", ["[{}]", "not json", '["text"]', '[{"instruction": "a", "output_tokens": "b"}]']
+)
+def test_bad_records_are_one_line(tmp_path, text):
+    (tmp_path / "records.json").write_text(text)
+    with pytest.raises(UserError, match=r"--records .*: a JSON array of objects with instruction"):
+        offline_throughput.workload(
+            argparse.Namespace(**GIVEN | {"records": tmp_path / "records.json"}), 152064
+        )
+
+
+def test_ratios_stay_within_a_command():
+    def part(file, roofline, **seconds):
+        return {
+            "workload": {"capped_fifth": False, "file_sha256": file},
+            "roofline_s": roofline,
+            "rows": [{"row": row, "seconds": value} for row, value in seconds.items()],
+        }
+
+    merged = offline_throughput.merge(
+        [
+            part("abc", 10.0, fast=20.0, batches_64=100.0),
+            part("abc", 10.0, fast=10.0, batches_64=30.0, default=15.0, fast_dp2=5.0),
+            part(None, 10.0, fast=1.0, batches_64=99.0),
+        ]
+    )
+    assert merged["ratio_vs_batches_64"] == 4.0  # (5 + 3) / 2; drawn lengths stand apart
+    assert merged["ratio_to_roofline"] == 1.5
+    assert merged["ratio_default_to_fast"] == 1.5
+    assert merged["dp2_scaling"] == 2.0
+    assert merged["ratio_vs_defaults"] is None
+    assert merged["ratios"]["reference_drawn"] == [{"fast": 1.0, "batches_64": 99.0, "roofline": 0.1}]
+
+
+@pytest.mark.long
+def test_rows_on_the_cpu(tiny_qwen2, tmp_path):
+    """Rows end at their lengths (the script refuses others)."""
+    command = [
+        sys.executable,
+        "-P",
+        str(ROOT / "bench" / "offline_throughput.py"),
+        "batches_32",
+        "transformers",
+    ]
+    command += ["--device", "cpu", "--model_path", str(tiny_qwen2), "--limit", "12", "--cap", "40"]
+    command += ["--peer_records", "4", "--engine_args", "{}", "--part", str(tmp_path / "part.json")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    rows = json.loads((tmp_path / "part.json").read_text())["rows"]
+    assert [row["row"] for row in rows] == ["fast", "batches_32", "transformers", "fast_on_the_same"]
+    assert all(row["seconds"] > 0 for row in rows)
