@@ -36,14 +36,16 @@ reference: .venv/.installed  ## does this machine compute what the committed reh
 	@$(RUN) python handout/reference.py
 
 submission: .venv/.installed  ## build/submission.zip: the files to hand in (REHEARSAL=rehearsal/runs/...: of that run)
-	@$(RUN) rm -rf build/submission build/submission.zip; mkdir -p build/submission/{finetune,inference}; \
-	trained=$${REHEARSAL:+$$REHEARSAL/finetune}; trained=$${trained:-deepspeed/output_llama2_7b_lora}; \
+	@$(RUN) trained=$${REHEARSAL:+$$REHEARSAL/finetune}; trained=$${trained:-deepspeed/output_llama2_7b_lora}; \
 	answered=$${REHEARSAL:+$$REHEARSAL/inference}; answered=$${answered:-sglang}; \
-	cp "$$trained"/{adapter_model.safetensors,adapter_config.json,metrics.jsonl,run_config.json,summary.json} \
-	    build/submission/finetune || echo "problem 1 is not complete" >&2; \
-	cp "$$answered"/{outputs.jsonl,outputs_all.json,summary.json} build/submission/inference \
-	    || echo "problem 2 is not complete" >&2; \
-	cd build/submission; python -m zipfile -c ../submission.zip finetune inference; echo build/submission.zip
+	rm -rf build/submission; mkdir -p build/submission/{finetune,inference}; found=0 missing=0; \
+	pack() { if [ -f "$$1" ]; then cp "$$1" "build/submission/$$2"; found=1; else echo "missing: $$1" >&2; missing=1; fi; }; \
+	for name in adapter_model.safetensors adapter_config.json metrics.jsonl run_config.json summary.json; do \
+	    pack "$$trained/$$name" finetune; done; \
+	for name in outputs.jsonl outputs_all.json summary.json; do pack "$$answered/$$name" inference; done; \
+	[ $$found = 1 ] || { echo "error: nothing to pack; run both jobs, or name a rehearsal: REHEARSAL=rehearsal/runs/..." >&2; exit 2; }; \
+	cd build/submission; python -m zipfile -c ../submission.zip finetune inference; \
+	if [ $$missing = 1 ]; then echo "build/submission.zip holds the rest only" >&2; exit 1; fi; echo build/submission.zip
 
 clean:  ## remove rehearsal runs and caches (not .venv, not your outputs)
 	rm -rf build/handout build/handout.zip rehearsal/runs .pytest_cache .ruff_cache .hypothesis

@@ -13,7 +13,6 @@ differs from the first.
 import argparse
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -62,8 +61,11 @@ def run(name: str, command: list[str], folder: Path, kill_at: int) -> dict:
             process = subprocess.Popen(flags, start_new_session=True, **options)
             while count_answers(folder / PARTIAL) < kill_at and process.poll() is None:
                 time.sleep(0.05)
-            os.kill(process.pid, signal.SIGKILL)  # its child dies with it, and the engine with that
-            process.wait()
+            process.kill()  # its child dies with it, and the engine with that
+            if process.wait() != -signal.SIGKILL:
+                raise UserError(
+                    f"{name}: ended before {kill_at} answers were there, see {folder / 'terminal.txt'}"
+                )
             killed = count_answers(folder / PARTIAL)
             time.sleep(5)
         code = subprocess.run(flags, check=False, **options).returncode
@@ -93,10 +95,17 @@ def main() -> int:
     parser.add_argument("--engine_args", default='{"load_format": "dummy", "max_total_tokens": 100000}')
     given = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(Path(given.records).read_text())
+    try:
+        rows = [row["instruction"] for row in json.loads(Path(given.records).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        print(
+            f"error: --records {given.records}: a JSON array of objects with instruction, please ({error!r})",
+            file=sys.stderr,
+        )
+        return 2
     distinct = rows[: given.limit * 4 // 5]
     prompts = FOLDER / "prompts.json"
-    prompts.write_text(json.dumps([row["instruction"] for row in distinct + distinct[: len(distinct) // 4]]))
+    prompts.write_text(json.dumps(distinct + distinct[: len(distinct) // 4]))
     command = [sys.executable, str(ROOT / "sglang" / "run_sglang.py"), "--prompts", str(prompts)]
     command += ["--max_new_tokens", str(given.max_new_tokens)]
     if given.device == "cpu":

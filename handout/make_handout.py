@@ -119,6 +119,8 @@ def cut(path: str, content: bytes, handout: Handout) -> bytes:
             problem = None
         elif line == STAFF[0]:
             problem = "staff"
+        elif re.match(r"\s*# (Problem \d|End of problem|Staff only|End of staff)", line):
+            raise UserError(f"{path}, line {number}: a marker that is none: {line.strip()}")
         elif not problem:
             kept.append(line)
         elif problem != "staff":

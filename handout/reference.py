@@ -55,6 +55,7 @@ def finetune(folder: Path) -> dict:
         "bash",
         str(ROOT / "deepspeed" / "run_llama2_7b_lora.sh"),
         "--rehearse",
+        "--overwrite",
         "--output_dir",
         str(folder),
     ]
@@ -77,7 +78,7 @@ def inference(folder: Path) -> dict:
     from batch_infer.arguments import TINY_MODEL, parse
     from batch_infer.records import PartialFile
 
-    flags = ["--rehearse", "--temperature", "0", "--max_new_tokens", "32", "--batch_size", "1"]
+    flags = ["--rehearse", "--overwrite", "--temperature", "0", "--max_new_tokens", "32", "--batch_size", "1"]
     flags += ["--output_file", str(folder / "outputs.jsonl")]
     PartialFile.remove = lambda partial: partial.path.replace(folder / ANSWERS)
     if run_sglang.main(flags):

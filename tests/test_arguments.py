@@ -92,6 +92,14 @@ def test_memory_and_log_flags_do_not_make_another_run():
             '{"zero_optimization": {"stage": 3,\n"reduce_bucket_size": "50 MB"}}',
             r"line 2: reduce_bucket_size must not be text",
         ),
+        (
+            '{"zero_optimization": {"stage": 3, "stage3_max_live_parameters": [1]}}',
+            r"line 1: stage3_max_live_parameters must be a number of elements, but is \[1\]",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3, "leaf_module": ["LlamaDecoderLayer"]}}',
+            r'line 1: leaf_module must be ."classes": .names of classes',
+        ),
         ('{"fp16": true}', r"fp16 must be a JSON object"),
         ("[]", r"expected a JSON object"),
     ],

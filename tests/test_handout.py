@@ -161,7 +161,7 @@ def test_help_works_and_the_first_todos_are_named(built):
     code, text = program(student, launcher, "--rehearse")
     assert code == 2
     assert re.search(
-        r"error: --deepspeed .*zero3.json, line 4: leaf_module must not be text, but is 'TODO problem 1b: ",
+        r"error: TODO problem 1b \(--deepspeed .*zero3.json, line 4\): leaf_module: ",
         text,
     )
 

@@ -20,11 +20,12 @@ def in_child(function, tmp_path) -> None:
         return 0
 
     code, text = fork(run, tmp_path / "child.txt").wait()
+    print(text)
     assert code == 0, text
 
 
 def test_1a_1b_1c_training_fits_into_two_cards_of_16_gb(libraries, tmp_path):
-    """Llama-2-7B in fp16, as `--preflight_only` predicts it."""
+    """Llama-2-7B in fp16, as `--preflight_only` predicts it (`pytest -rP` shows the parts)."""
     args = parse([])
     zero_config = read_zero_config(args.deepspeed)
     plan = {"dtype": "fp16", "world_size": 2, "gpu_limit_gib": CARD_GIB, "gpu_free_gib": None}
@@ -35,12 +36,12 @@ def test_1a_1b_1c_training_fits_into_two_cards_of_16_gb(libraries, tmp_path):
 
         LlamaConfig().save_pretrained(tmp_path)  # its defaults are Llama-2-7B's shape
         preflight.look_at_lora(args, plan, zero_config)
-        preflight.judge_memory(args, plan)
+        print(preflight.judge_memory(args, plan))
 
     in_child(predict, tmp_path)
 
 
-def test_1a_a_micro_batch_fills_the_room_there_is():
+def test_1a_a_micro_batch_is_worth_its_gathers():
     """Every micro-batch gathers the whole model: below 2,048 tokens the gathers take most of the time."""
     assert parse([]).tokens_per_micro_batch >= 2048
 
@@ -58,7 +59,8 @@ def test_1c_only_adapters_train_and_they_get_gradients(libraries, tiny_model, tm
         model.gradient_checkpointing_enable({"use_reentrant": True})  # the Trainer does it after this, too
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         assert len(trained) == 4 * 2 * 2  # layers, modules, A and B
-        assert all("lora_" in name and p.dtype == torch.bfloat16 for name, p in trained.items())
+        assert all("lora_" in name for name in trained)
+        assert {p.dtype for p in trained.values()} == {torch.bfloat16}, "adapters in the base's dtype"
         assert all(p.shape[0 if "lora_A" in name else 1] == 4 for name, p in trained.items())
         config = model.peft_config["default"]
         assert (config.lora_alpha, config.lora_dropout) == (args.lora_alpha, args.lora_dropout)
@@ -76,8 +78,10 @@ def test_1b_zero_gathers_layers_and_leaves_the_adapters_whole():
     assert adapter_tensor <= zero["stage3_param_persistence_threshold"] < 4096 * 4096, (
         "LoRA whole, the base split"
     )
-    assert zero["stage3_max_live_parameters"] >= LAYER, "a layer must be whole to run"
+    assert any(name.endswith("DecoderLayer") for name in zero["leaf_module"]["classes"]), "not by linear layers"
+    assert zero["stage3_max_live_parameters"] >= 2 * LAYER, "the layer that runs and the one gathered ahead"
     assert zero["stage3_prefetch_bucket_size"] >= LAYER, "less than a layer is no layer ahead"
+    assert zero["reduce_bucket_size"] >= adapter_tensor, "one reduction for many gradients"
     assert not zero["stage3_gather_16bit_weights_on_model_save"], "the base never changes"
 
 
@@ -94,4 +98,4 @@ def test_a_short_rehearsal_learns(trained):
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["steps"] == 6
     assert summary["perplexity_after"] < summary["perplexity_before"]
-    assert (trained / "adapter_model.safetensors").stat().st_size > 10_000
+    assert (trained / "adapter_model.safetensors").is_file()

@@ -16,12 +16,18 @@ from harness import ROOT
 class FakeEngine:
     """Answers as sglang.Engine does, some milliseconds later, and counts what it holds meanwhile."""
 
+    ERROR = "ValueError: no such adapter"
+
     def __init__(self) -> None:
+        self.requests: list[tuple] = []  # ids, adapter, copy, new tokens
         self.in_flight = self.most_in_flight = self.waiting = self.most_waiting = 0
         self.started: list[tuple] = []  # ids; first tokens by then; records in flight by then
         self.first_tokens = 0
 
-    async def async_generate(self, input_ids, sampling_params, stream=False, **_):
+    async def async_generate(
+        self, input_ids, sampling_params, stream=False, lora_path=None, routed_dp_rank=None
+    ):
+        self.requests.append((input_ids, lora_path, routed_dp_rank, sampling_params["max_new_tokens"]))
         results = self.results(input_ids)
         if stream:
             return results
@@ -32,9 +38,9 @@ class FakeEngine:
         self.in_flight, self.waiting = self.in_flight + 1, self.waiting + 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         self.most_waiting = max(self.most_waiting, self.waiting)
-        await asyncio.sleep(0.02)
-        self.waiting, self.first_tokens = self.waiting - 1, self.first_tokens + 1
         try:
+            await asyncio.sleep(0.02)
+            self.waiting, self.first_tokens = self.waiting - 1, self.first_tokens + 1
             if ids == [13]:
                 raise ValueError("no such adapter")
             for text in ("a", "a b"):
@@ -47,18 +53,35 @@ class FakeEngine:
 
 @pytest.fixture
 def ask(tmp_path):
-    """ask(prompts, order=None, waiting_limit=None, **flags) -> (engine, rows by index)."""
+    """ask(prompts, order=None, copies=1, adapter=None, waiting_limit=None, stop_after=None, **flags) -> (engine, rows
+    by index). With two copies the first half of the prompts is for the first. Rows that fail without a reason of
+    the engine's fail the test."""
 
-    def run(prompts, order=None, waiting_limit=None, **flags):
+    def run(prompts, order=None, copies=1, adapter=None, waiting_limit=None, stop_after=None, **flags):
         engine, partial = FakeEngine(), PartialFile(tmp_path, {}, {})
-        records = [Record(i, "", input_ids=ids, max_new_tokens=8) for i, ids in enumerate(prompts)]
+        records = [
+            Record(i, "", input_ids=ids, max_new_tokens=8, lora=adapter) for i, ids in enumerate(prompts)
+        ]
+        engine.in_flight_at_rows = []
 
         async def answer():
-            plans = [(records, order or Plan.as_given(len(records)))]
+            half = -(-len(records) // copies)
+            parts = [records[i : i + half] for i in range(0, len(records), half)]
+            plans = [(part, order or Plan.as_given(len(part))) for part in parts]
             args, stopped = Arguments(**flags), asyncio.Event()
-            await answer_all(engine, plans, args, partial, stopped, waiting_limit, lambda _: None)
+
+            def on_rows(rows):
+                engine.in_flight_at_rows.append(engine.in_flight)
+                if stop_after is not None and len(partial.rows) >= stop_after:
+                    stopped.set()
+
+            work = answer_all(engine, plans, args, partial, stopped, waiting_limit, on_rows)
+            await asyncio.wait_for(work, timeout=20)
+            assert engine.in_flight == 0, "nothing runs on after the end or a stop"
 
         asyncio.run(answer())
+        for row in partial.rows.values():
+            assert row.get("error", FakeEngine.ERROR) == FakeEngine.ERROR
         return engine, partial.rows
 
     return run
@@ -92,10 +115,39 @@ def test_2b_2c_a_shared_prefix_is_computed_once(ask):
     assert engine.started == [(prompts[1], 0, 0), (prompts[2], 1, 1), (prompts[0], 1, 2)]
 
 
-def test_2b_2c_a_bad_record_costs_no_other(ask):
-    _, rows = ask([[12], [13], [14]])
+@pytest.mark.parametrize("waiting_limit", [None, 1])
+def test_2b_2c_a_bad_record_costs_no_other(ask, waiting_limit):
+    """Nor its place among those that may wait."""
+    _, rows = ask([[12], [13], [14]], waiting_limit=waiting_limit)
     assert [rows[i].get("output") for i in range(3)] == ["a b", None, "a b"]
-    assert rows[1]["error"] == "ValueError: no such adapter"
+    assert rows[1]["error"] == FakeEngine.ERROR
+
+
+@pytest.mark.parametrize("waiting_limit", [None, 5])
+def test_2b_2c_a_request_names_adapter_and_parameters(ask, waiting_limit):
+    engine, _ = ask([[12]], adapter="trained", waiting_limit=waiting_limit)
+    assert engine.requests == [([12], "trained", None, 8)]
+
+
+def test_2b_2c_each_copy_answers_its_own_records(ask):
+    engine, rows = ask(MANY, copies=2, batch_size=10)
+    assert sorted(request[:3] for request in engine.requests) == [
+        (ids, None, int(i >= len(MANY) / 2)) for i, ids in enumerate(MANY)
+    ]
+    assert len(rows) == len(MANY)
+    assert engine.most_in_flight == 10
+
+
+def test_2b_2c_answers_are_on_disk_while_others_run(ask):
+    """So a killed job keeps them."""
+    engine, _ = ask(MANY, batch_size=7)
+    assert len(engine.in_flight_at_rows) > 1
+    assert max(engine.in_flight_at_rows) > 0
+
+
+def test_2b_2c_a_stopped_job_ends_without_the_rest(ask):
+    _, rows = ask(MANY, batch_size=7, stop_after=7)
+    assert 7 <= len(rows) < 30
 
 
 def test_2d_the_reproducible_profile_keeps_the_radix_cache():

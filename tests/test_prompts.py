@@ -1,5 +1,6 @@
 """Reading prompts, the seeds and keys of records, the durable file, and the arguments chosen for an engine."""
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from batch_infer.prompts import Record
 from workbench import UserError
 from workbench.machine import GIB
 
-QWEN_7B = Model("qwen", 32768, 15_230_000_000, 14_140_000_000, 57_344, 152_064)
+HEADS = {"num_attention_heads": 28, "num_key_value_heads": 4}
+QWEN_7B = Model("qwen", 32768, 15_230_000_000, 14_140_000_000, 57_344, 152_064, config=HEADS)
 H200 = Machine("cuda", "NVIDIA H200", 1, 140.4, 4.8e12, 9.9e14)
 
 
@@ -186,6 +188,30 @@ def test_a_text_that_cannot_be_tokenised_is_one_records_failure():
 def values(args: Arguments, machine: Machine = H200, model: Model = QWEN_7B, count: int = 805) -> dict:
     found = [Record(index, "x", input_ids=[1] * 50) for index in range(count)]
     return {name: value for name, (value, _) in engine.choose(args, machine, model, found).items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "tokens"),
+    [
+        (HEADS, {}, 10),
+        ({"num_attention_heads": 32}, {}, 65),  # no shared KV heads
+        (
+            HEADS | {"num_attention_heads": 32},
+            {"tp_size": 8},
+            17,
+        ),  # KV heads are replicated: 4 queries for each
+        (HEADS, {"engine_args": '{"attention_backend": "triton"}'}, 0),
+        (HEADS, {"device": "cpu"}, 0),
+    ],
+)
+def test_prompts_below_a_tile_are_counted(config, flags, tokens):
+    """FlashInfer's FA2DetermineCtaTileQ: from 65 packed queries on, one tile whatever runs beside."""
+    args, model = Arguments(**flags), dataclasses.replace(QWEN_7B, config=config)
+    assert engine.tile_tokens(args, model) == tokens
+    found = [Record(0, "x", input_ids=[1] * n) for n in (2, 64, 65)]
+    if not flags:
+        _, why = engine.choose(args, H200, model, found)["enable_deterministic_inference"]
+        assert f"but for {1 if tokens == 10 else 2} prompts of fewer than {tokens} tokens" in why
 
 
 def test_h200_gets_the_assignments_engine():

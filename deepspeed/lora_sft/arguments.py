@@ -66,7 +66,8 @@ class Arguments:
     max_eval_rows: int = 500
     # Problem 1a: choose LoRA's rank, scale (alpha / r), dropout and the modules that get adapters, and what a
     # forward pass may hold: tokens of a micro-batch (a multiple of --max_seq_len), and whether activations are
-    # recomputed. `--preflight_only` predicts the peak of two 16 GB GPUs, part by part.
+    # recomputed. The test of 1a, 1b and 1c predicts the peak of two 16 GB GPUs, part by part (on the cluster
+    # `--preflight_only` does).
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.05
@@ -247,9 +248,21 @@ def read_zero_config(path: str) -> dict:
         if not isinstance(config.get(section, {}), dict):
             raise UserError(f"--deepspeed {path}: {section} must be a JSON object")
         for key, value in config.get(section, {}).items():
+            where = f"--deepspeed {path}, line {text[: text.find(json.dumps(key))].count(chr(10)) + 1}"
+            if isinstance(value, str) and value.startswith("TODO"):
+                problem, _, hint = value.partition(": ")
+                raise UserError(f"{problem} ({where}): {key}: {hint}")
             if isinstance(value, str) and value != "auto":
-                line = text[: text.find(f'"{key}"')].count("\n") + 1
-                raise UserError(f"--deepspeed {path}, line {line}: {key} must not be text, but is {value!r}")
+                raise UserError(f"{where}: {key} must not be text, but is {value!r}")
+            elements = key.endswith(("_size", "_threshold", "_parameters", "_distance")) and value != "auto"
+            if elements and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+                raise UserError(f"{where}: {key} must be a number of elements, but is {value!r}")
+            if key == "leaf_module" and not (
+                isinstance(value, dict)
+                and isinstance(value.get("classes"), list)
+                and all(isinstance(name, str) for name in value["classes"])
+            ):
+                raise UserError(f'{where}: leaf_module must be {{"classes": [names of classes]}}')
     if config.get("zero_optimization", {}).get("stage") != 3:
         raise UserError(f"--deepspeed {path}: zero_optimization.stage must be 3 (the base model is sharded)")
     batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

@@ -258,8 +258,7 @@ def predict_memory(
 
     Bytes per token of a layer are those of Llama with LoRA on every linear layer, where dropout copies each
     adapter's input; 20 bytes per logit are the half-precision logits, their fp32 copy, log-softmax and both
-    gradients. tests/test_preflight.py holds the prediction to 3 % of what 2 H200s measured (Llama-2-7B's shape,
-    fp16).
+    gradients. A test holds the prediction to 3 % of what 2 H200s measured (Llama-2-7B's shape, fp16).
     """
     size = 4 if plan["dtype"] == "fp32" else 2
     world, tokens = plan["world_size"], args.tokens_per_micro_batch
@@ -300,9 +299,17 @@ def judge_memory(args: Arguments, plan: dict) -> str:
     if args.device == "cpu":
         return text
     if predicted > limit:
+        gib = plan["predicted_parts_gib"]
+        by_tokens = sum(gib[name] for name in ("checkpointed inputs", "layer activations", "logits and loss"))
         flag = f"--tokens_per_micro_batch {args.rows_per_micro_batch // 2 * args.max_seq_len}"
         if args.tokens_per_micro_batch <= args.max_seq_len:
             flag = f"--max_seq_len {args.max_seq_len // 2} --tokens_per_micro_batch {args.max_seq_len // 2}"
+        if not args.gradient_checkpointing:
+            flag = "--gradient_checkpointing"
+        elif gib["gathered layers"] > by_tokens:
+            flag = f"smaller stage3_max_live_parameters and stage3_max_reuse_distance in {args.deepspeed}"
+        elif gib["LoRA states"] > by_tokens:
+            flag = f"--lora_r {max(1, args.lora_r // 2)}"
         if plan["world_size"] < 2 and plan["predicted_parts_gib"]["weight shard"] > limit / 2:
             flag = "a second GPU (--gres=gpu:2): ZeRO-3 halves the weight shard"
         raise UserError(f"{text}\n{'':24}does not fit; use {flag}")

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import ctypes
-import functools
 import importlib.util
 import json
 import multiprocessing
@@ -101,7 +100,9 @@ def choose(args: Arguments, machine: Machine, model: Model, records: list[Record
     )
     chosen["constrained_json_disable_any_whitespace"] = (True, "JSON answers are compact")
     if args.reproducible:
-        chosen["enable_deterministic_inference"] = (True, "the same bytes in every run (--fast: without)")
+        short = sum(len(r.input_ids) < tile_tokens(args, model) for r in records if not r.error)
+        but = f", but for {short} prompts of fewer than {tile_tokens(args, model)} tokens" if short else ""
+        chosen["enable_deterministic_inference"] = (True, f"the same bytes in every run{but} (--fast: without)")
     if args.jump_forward:
         why = "--jump_forward must know a step's tokens before it plans the next"
         chosen["disable_overlap_schedule"] = (True, why)
@@ -123,6 +124,16 @@ def choose(args: Arguments, machine: Machine, model: Model, records: list[Record
     for name, value in args.own_engine_args.items():
         chosen[name] = (value, "--engine_args")
     return chosen
+
+
+def tile_tokens(args: Arguments, model: Model) -> int:
+    """Prompts of at least so many tokens are prefilled with one tile of FlashInfer's kernel, whatever runs
+    beside them (runtime_plugins/deterministic_radix.py); on the CPU every prompt is exact."""
+    if args.device == "cpu" or args.own_engine_args.get("attention_backend", "flashinfer") != "flashinfer":
+        return 0
+    heads = model.config["num_attention_heads"]
+    kv_heads = model.config.get("num_key_value_heads") or heads
+    return 64 // (heads // args.tp_size // max(1, kv_heads // args.tp_size)) + 1
 
 
 def choose_policy(args: Arguments, records: list[Record]) -> tuple[str, str]:
@@ -267,12 +278,12 @@ def environment(args: Arguments) -> dict[str, str]:
             "TORCHDYNAMO_DISABLE": "1",
         } | whole_answers
     # Problem 2d: keep RadixAttention on. In its deterministic mode, which the reproducible profile uses, SGLang
-    # switches the radix cache off for FlashInfer. One of sglang/runtime_plugins keeps it on: name it in a list
-    # `deterministic_radix`, which is empty where it is not needed. (A rehearsal does not come here, so only a
-    # test and the cluster tell.)
-    deterministic_radix = ["deterministic_radix"] if args.reproducible else []
+    # switches the radix cache off for FlashInfer. One of sglang/runtime_plugins keeps it on: put its name into a list
+    # `keep_radix`, which is empty where it is not needed. (A rehearsal does not come here, so only a test and the
+    # cluster tell.)
+    keep_radix = ["deterministic_radix"] if args.reproducible else []
     # End of problem 2d
-    return {"RUNTIME_PLUGINS": ",".join(deterministic_radix + jump_forward)} | whole_answers
+    return {"RUNTIME_PLUGINS": ",".join(keep_radix + jump_forward)} | whole_answers
 
 
 def serve_line(args: Arguments, chosen: Choices) -> str:
@@ -511,12 +522,14 @@ async def answer_all(
     for copy, (records, order) in enumerate(plans):
         rank = copy if len(plans) > 1 else None
         # Problem 2c: put all records in flight at once, without waiting for any (--batch_size, if it is not 0,
-        # limits how many, shared by the copies). planner.follow calls answer(record, rank, computed) for each,
-        # in the plan's order; it runs as a task of its own, and this function waits for what is in `tasks`.
+        # limits how many, in equal parts for the copies). planner.follow(order, function, at_once) calls
+        # function(i, computed) for each index i of `records`, in the plan's order, and waits for the answers: so it
+        # runs as a task of its own. The task belongs into `tasks`, which are watched and, after a stop, cancelled.
         at_once = max(1, args.batch_size // len(plans)) if args.batch_size else max(1, len(records))
-        ask = functools.partial(
-            lambda records, rank, i, computed: answer(records[i], rank, computed), records, rank
-        )
+
+        def ask(i: int, computed: Callable | None, records=records, rank=rank):
+            return answer(records[i], rank, computed)
+
         tasks.append(loop.create_task(planner.follow(order, ask, at_once)))
         # End of problem 2c
     get = loop.create_task(finished.get())

@@ -15,7 +15,7 @@ def register() -> None:
 
     A prompt that is cached as a whole would be prefilled with one token, in a batch whose average is
     so short that the tile changes with what runs beside it. So some tokens at the end of a prompt are always
-    computed."""
+    computed. Prompts that are shorter than that as a whole keep the doubt; run_sglang.py counts them."""
     if not asked_for("deterministic_radix"):
         return
     target = "sglang.srt.server_args.add_radix_supported_deterministic_attention_backend_choices"
@@ -30,7 +30,8 @@ def leave_a_full_tile(original, self, input_len: int) -> int:
     """The longest prefix that may come from the cache."""
     from sglang.srt.runtime_context import get_server_args
 
-    model = get_server_args().get_model_config()
-    group = model.num_attention_heads // model.get_total_num_kv_heads()
+    server_args = get_server_args()
+    model, tp_size = server_args.get_model_config(), server_args.tp_size
+    group = model.get_num_attention_heads(tp_size) // model.get_num_kv_heads(tp_size)
     computed = PACKED_QUERIES_OF_SMALLER_TILES // group + 1
     return max(0, min(original(self, input_len), input_len - computed))

@@ -22,7 +22,7 @@ from . import asked_for, check_target, hook
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 # What may stand before and behind a forced text; a token that any of them changes is not stable.
 BEFORE = ("\n", "a", "0", '"', " ")
-# How many decode steps a pass with a jump costs the requests beside it (measured: constrained_lab.py). On the
+# How many decode steps a pass with a jump costs the requests beside it (measured). On the
 # CPU a mixed pass takes no longer than a decode step; on a GPU it runs without the decode CUDA graph.
 GPU_COST = 6
 COST_IN_STEPS = {"cpu": 0}
