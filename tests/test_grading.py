@@ -137,6 +137,39 @@ def test_a_zip_with_a_folder_around_it_gets_the_same(whole, tmp_path):
     assert grade.grade(tmp_path / "someone.zip", ALPACA_EVAL)["points"] == 10
 
 
+@pytest.mark.parametrize(
+    "rename",
+    [lambda path: path.replace("/", "\\"), lambda path: f"./{path}", lambda path: f"a/b/c/{path}",
+     lambda path: path.replace("finetune/", "x/deepspeed/output_llama2_7b_lora/").replace("inference/", "x/sglang/")],
+    ids=["PowerShell", "dot", "three around", "the repository"],
+)  # fmt: skip
+def test_honest_zips(whole, tmp_path, rename):
+    """Each beside what does not count: a Mac's copies, the handout's answers, a run further in."""
+    with zipfile.ZipFile(tmp_path / "someone.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path, content in whole.items():
+            archive.writestr(rename(path), content)
+            archive.writestr(f"__MACOSX/{path}", b"")
+            archive.writestr(f"reference/{path}", b"")
+            archive.writestr(f"a/b/c/d/{path}", b"")
+    result = grade.grade(tmp_path / "someone.zip", ALPACA_EVAL)
+    assert result["points"] == 10, result
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_two_runs_are_not_mixed(whole, tmp_path, packed):
+    """b/ has what a/ lacks."""
+    files = {f"{'b' if 'summary' in path else 'a'}/{path}": whole[path] for path in whole if "finetune" in path}
+    if packed:
+        with zipfile.ZipFile(tmp_path / "someone", "w") as archive:
+            for path, content in files.items():
+                archive.writestr(path, content)
+    else:
+        put(tmp_path / "someone", files)
+    result = grade.grade(tmp_path / "someone", ALPACA_EVAL)
+    assert result["points"] == 0
+    assert result["criteria"][0]["reason"] == "finetune/ is there 2 times: a/finetune and b/finetune"
+
+
 def forge_perplexity(summary):
     summary["perplexity_after"] /= 2
 
@@ -240,6 +273,9 @@ def test_limits(whole, tmp_path, monkeypatch):
     monkeypatch.setattr("submissions.OTHER_LIMIT", 1000)
     reasons = {line["name"]: line["reason"] for line in grade.grade(path, ALPACA_EVAL)["criteria"]}
     assert reasons["learning"].endswith("bytes, at most 1,000 are read")
+    monkeypatch.setattr("submissions.MOST_LINES", 80)
+    reasons = {line["name"]: line["reason"] for line in grade.grade(path, ALPACA_EVAL)["criteria"]}
+    assert reasons["rows"] == "inference/outputs.jsonl: more than 80 lines"
     packed = tmp_path / "many.zip"
     with zipfile.ZipFile(packed, "w") as archive:
         for i in range(30):
@@ -333,7 +369,9 @@ def broken_submissions(folder: Path, whole: dict[str, bytes]) -> dict[str, str]:
         return whole | {path: content}
 
     (folder / "text.docx").write_bytes(b"see my mail")
-    (folder / "cut.zip").write_bytes((b"PK\x03\x04" + bytes(60)) * 3 + b"PK\x05\x06" + bytes(18))
+    (folder / "cut.zip").write_bytes(
+        (b"PK\x03\x04" + bytes(60)) * 3 + b"PK\x05\x06" + bytes(8) + b"\x40" + bytes(9)
+    )
     pack("empty.zip", {})
     pack("outside.zip", {f"../{path}": content for path, content in whole.items()} | {"/etc/passwd": b"x"})
     pack("links.zip", whole, mode=0o120777)
@@ -357,7 +395,7 @@ def broken_submissions(folder: Path, whole: dict[str, bytes]) -> dict[str, str]:
     (folder / "=cmd()").mkdir()
     return {
         "text.docx": "is neither a folder nor a zip",
-        "cut.zip": "",
+        "cut.zip": "cannot be opened as a zip: ",
         "empty.zip": "finetune/adapter_config.json is missing",
         "outside.zip": "finetune/adapter_config.json is missing",
         "links.zip": "a symbolic link",
@@ -530,8 +568,10 @@ def test_bf16_adapters_are_read(tmp_path):
     data = (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
     header = json.dumps({"x": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
     (tmp_path / "finetune").mkdir()
-    (tmp_path / "finetune/a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
-    assert Submission(tmp_path).tensors("finetune", "a.safetensors")["x"].tolist() == [1.5, -2.0]
+    (tmp_path / "finetune/adapter_model.safetensors").write_bytes(
+        struct.pack("<Q", len(header)) + header + data
+    )
+    assert Submission(tmp_path).tensors("finetune", "adapter_model.safetensors")["x"].tolist() == [1.5, -2.0]
 
 
 def test_the_checker_survives_what_a_student_may_write(tmp_path):
