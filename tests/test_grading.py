@@ -561,6 +561,7 @@ def test_names_of_submissions_are_only_shown(tmp_path, capsys):
     assert len(told) == len(set(told)) == len(folders) == 6
     assert all(str(path.relative_to(tmp_path)).isascii() for path in folders)
     assert grade.folder_name("..", set()) == "submission"
+    assert grade.folder_name("x" * 255, {"x" * 60}) == "x" * 60 + "_2"
 
 
 def test_one_that_cannot_be_written_does_not_end_the_others(tmp_path, capsys):
