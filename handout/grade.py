@@ -8,8 +8,10 @@ provisional, listed for staff, and withdrawn when the run's own files contradict
 graded by the same table, with the tiny model's shapes, the shipped instructions, fp32 and host memory in place of the
 GPU's; its points are shown apart and do not count.
 
-Writes NAME/grade.json for each submission and, for a folder, grades.csv into --output_dir. Every submission is graded
-in a process of its own with bounded memory and time. Exit codes: 0 graded, 2 there is nothing to grade.
+Writes submissions/NAME/grade.json for each submission (NAME in plain ASCII) and, for a folder, grades.csv into
+--output_dir; both list the arguments of the runs that are not the programs' defaults. Every submission is graded in a
+process of its own with bounded memory and time. Exit codes: 0 graded; 2 there is nothing to grade, or AlpacaEval's
+instructions are missing where they were needed (that criterion is then not judged; everything else is).
 """
 
 import csv
@@ -35,9 +37,11 @@ import check_outputs
 
 from batch_infer import prompts
 from batch_infer.arguments import DEFAULT_PROMPTS
+from batch_infer.arguments import Arguments as Inference
 from batch_infer.arguments import parse as inference_arguments
 from lora_sft import report
-from submissions import FOLDERS, Refused, Submission, printable
+from lora_sft.arguments import Arguments as Training
+from submissions import FILES, FOLDERS, Refused, Submission, printable
 from workbench import UserError
 from workbench.files import write_json
 from workbench.flags import read_flags
@@ -53,13 +57,19 @@ DEGENERATE_SHARE = 0.1
 # after 34. Llama-2-7B's tensors are 32 times as large and the layers 8 times as many: nothing is near the limit there.
 LEAST_SPREAD = 1.3
 MEMORY_BYTES, GRADING_S = 6 * 2**30, 300
+TOO_MUCH = f"more than {MEMORY_BYTES / 2**30:.0f} GiB would be needed to read it"
 # (layers, hidden, inner) of the models whose adapters are known.
 LLAMA_2_7B, TINY_LLAMA = (32, 4096, 11008), (4, 128, 384)
+LLAMA_2_7B_PARAMETERS = 6_738_415_616
+PLACES = ("output_dir", "output_file", "deepspeed")  # arguments that say where, not what
+# What a student's file can raise where it is not as the programs write it.
+NOT_AS_WRITTEN = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RecursionError)
 KEY = re.compile(
     r"base_model\.model\.model\.layers\.(\d+)\."
     r"((?:self_attn\.(?:q|k|v|o)|mlp\.(?:gate|up|down))_proj)\.lora_([AB])\.weight",
     re.ASCII,
 )
+ALL_LINEAR = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
 @dataclass(frozen=True)
@@ -100,12 +110,12 @@ class Flags:
 
 HELP = {
     "submission": "a zip, a folder, or a folder of them",
-    "output_dir": "NAME/grade.json and grades.csv go here",
+    "output_dir": "submissions/NAME/grade.json and grades.csv go here",
     "prompts": "the 805 instructions: hub data set or file, as run_sglang.py takes them",
 }
 
 
-Verdict = tuple[bool, str]  # is it met, and why
+Verdict = tuple[bool | None, str]  # is it met (None: that cannot be judged here), and why
 
 
 @dataclass
@@ -115,17 +125,41 @@ class Problem:
     rehearsal: bool = False
     verdicts: dict[str, Verdict] = field(default_factory=dict)  # by criterion
     contradictions: list[str] = field(default_factory=list)  # between the self-reported files
+    arguments: list[str] = field(default_factory=list)  # of the run, that differ from the programs' defaults
 
     def judge(self, *names: str, by: Callable[[], Verdict]) -> None:
         """Each of the criteria `names` gets what `by` returns; none is met if it finds a file that cannot be read
         or whose values are not what the programs write."""
-        try:
-            verdict = by()
-        except Refused as refused:
-            verdict = (False, str(refused))
-        except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
-            verdict = (False, f"not as the program writes it: {printable(repr(error))}")
-        self.verdicts |= dict.fromkeys(names, verdict)
+        verdict, reason = attempt(by)
+        self.verdicts |= dict.fromkeys(names, verdict or (False, reason))
+
+    def compare(self, by: Callable[[], list[str]]) -> None:
+        """Adds the contradictions that `by` returns; what ends it is one."""
+        found, reason = attempt(by)
+        self.contradictions += [reason] if found is None else found
+
+
+def attempt(by: Callable) -> tuple:
+    """(what `by` returns, ""), or (None, why it cannot): what a student's files must not end."""
+    try:
+        return by(), ""
+    except Refused as refused:
+        reason = str(refused)
+    except MemoryError:
+        reason = TOO_MUCH
+    except NOT_AS_WRITTEN as error:
+        reason = f"not as the program writes it: {printable(repr(error))}"
+    return None, reason  # here, where what `by` had read is free again
+
+
+def unusual(told: dict, defaults: Training | Inference) -> list[str]:
+    """The arguments of a run that are not the program's defaults."""
+    ours = asdict(defaults)
+    different = sorted(name for name in told.keys() | ours.keys() if told.get(name) != ours.get(name))
+    texts = [
+        f"{printable(name, 40)}={printable(told.get(name), 80)}" for name in different if name not in PLACES
+    ]
+    return texts[:40]
 
 
 # --- problem 1 ----------------------------------------------------------------------------------------
@@ -134,7 +168,8 @@ class Problem:
 def grade_finetune(submission: Submission) -> Problem:
     problem = Problem()
     tensors: dict[str, np.ndarray] = {}
-    ranks: list[object] = []  # as the adapter's and the run's files tell
+    ranks: list[object] = []  # as adapter_config.json tells
+    files: list = []  # of the run: config, summary, steps
 
     def keys() -> Verdict:
         config = submission.object("finetune", "adapter_config.json")
@@ -149,23 +184,31 @@ def grade_finetune(submission: Submission) -> Problem:
         problem.judge("adapter_shapes", by=lambda: check_shapes(tensors, ranks[0], model))
         problem.judge("adapter_trained", by=lambda: check_trained(tensors))
 
-    def reported() -> Verdict:
-        config = submission.object("finetune", "run_config.json")
-        summary = submission.object("finetune", "summary.json")
-        rows = submission.rows("finetune", "metrics.jsonl")
-        on_cpu = config["arguments"]["device"] == "cpu"
-        problem.contradictions = training_contradictions(rows, config, summary)
-        if ranks and ranks[0] != config["arguments"]["lora_r"]:
-            problem.contradictions.append("run_config.json and adapter_config.json name different ranks")
-        if problem.verdicts["adapter_keys"][0] and on_cpu != problem.rehearsal:
-            problem.contradictions.append("run_config.json and the adapter are of different models")
+    def read() -> Verdict:
+        files.append(submission.object("finetune", "run_config.json"))
+        problem.arguments = unusual(files[0]["arguments"], Training())
+        files.append(submission.object("finetune", "summary.json"))
+        files.append(submission.rows("finetune", "metrics.jsonl"))
+        return True, ""
+
+    problem.judge("memory", "learning", by=read)
+    if problem.verdicts["learning"][0]:
+        config, summary, rows = files
+        on_cpu = config["arguments"].get("device") == "cpu"
+        if problem.verdicts["adapter_keys"][0]:
+            problem.compare(
+                lambda: adapter_contradictions(config, ranks[0], tensors, on_cpu != problem.rehearsal)
+            )
         problem.rehearsal = problem.rehearsal or on_cpu
         problem.judge("memory", by=lambda: check_memory(summary, config["plan"], on_cpu))
-        return check_learning(rows, summary)
-
-    problem.judge("memory", by=lambda: (False, "run_config.json, summary.json or metrics.jsonl cannot be read"))
-    problem.judge("learning", by=reported)
+        problem.judge("learning", by=lambda: check_learning(rows, summary))
+        problem.compare(lambda: training_contradictions(rows, config, summary))
     return problem
+
+
+def last_names(modules: list[str]) -> set[str]:
+    """As PEFT compares them: self_attn.q_proj names the same modules as q_proj."""
+    return {str(name).strip().split(".")[-1] for name in modules}
 
 
 def check_keys(tensors: dict[str, np.ndarray], targets: object) -> Verdict:
@@ -179,7 +222,7 @@ def check_keys(tensors: dict[str, np.ndarray], targets: object) -> Verdict:
     pairs = {(module, side) for module in modules for side in "AB"}
     if not pairs or found != dict.fromkeys(range(len(found)), pairs):
         return False, "lora_A and lora_B are not there for the same modules of every layer"
-    if isinstance(targets, list) and set(map(str, targets)) != {module.split(".")[1] for module in modules}:
+    if isinstance(targets, list) and last_names(targets) != last_names(modules):
         return False, f"adapter_config.json has other target_modules: {printable(targets)}"
     if len(found) not in (LLAMA_2_7B[0], TINY_LLAMA[0]):
         return False, f"{len(found)} layers; Llama-2-7B has {LLAMA_2_7B[0]}"
@@ -211,10 +254,29 @@ def check_trained(tensors: dict[str, np.ndarray]) -> Verdict:
             by_chance[module] = 1 / math.sqrt(2 * tensor.size)
             if norms[module][-1] == 0:
                 return False, f"{key} is zero: it has learnt nothing"
+        if tensor.min() == tensor.max():
+            return False, f"{key} holds one value only: it was not trained"
     spread = {module: statistics.pstdev(values) / statistics.fmean(values) for module, values in norms.items()}
     times = statistics.fmean(spread[module] / by_chance[module] for module in norms)
     text = f"norms of lora_B differ by {statistics.fmean(spread.values()):.1%} between the layers"
     return times >= LEAST_SPREAD, text + f", {times:.1f} times what random numbers do"
+
+
+def adapter_contradictions(
+    config: dict, rank: object, tensors: dict[str, np.ndarray], other_model: bool
+) -> list[str]:
+    """Where run_config.json and the adapter cannot be of one run."""
+    arguments, told = config["arguments"], config["plan"]["lora_parameters"]
+    found = ["run_config.json and the adapter are of different models"] if other_model else []
+    if rank != arguments["lora_r"]:
+        found.append("run_config.json and adapter_config.json name different ranks")
+    if told != (values := sum(tensor.size for tensor in tensors.values())):
+        found.append(f"plan lora_parameters: {printable(told, 40)} told, the adapter has {values}")
+    targets = arguments["lora_target_modules"]
+    asked = ALL_LINEAR if targets == "all-linear" else last_names(targets.split(","))
+    if asked != {KEY.fullmatch(key)[2].split(".")[1] for key in tensors}:
+        found.append(f"the adapter is not of lora_target_modules {printable(targets, 80)}")
+    return found
 
 
 def training_contradictions(rows: list[dict], config: dict, summary: dict) -> list[str]:
@@ -230,19 +292,26 @@ def training_contradictions(rows: list[dict], config: dict, summary: dict) -> li
         if not same:
             found.append(f"{what}: {printable(told, 40)} told, {printable(computed, 40)} computed")
 
+    peaks = [row["peak_reserved_gib"] for row in rows if row["peak_reserved_gib"] is not None]
+    if arguments["device"] != "cpu":
+        expect("plan base_parameters", plan["base_parameters"], LLAMA_2_7B_PARAMETERS)
+        expect("rehearse on a GPU", arguments["rehearse"], False)
+        expect("steps with a GPU's peak", len(peaks), len(rows))
+        if plan["gpu_name"] is None:
+            found.append("the run was on a GPU, but plan gpu_name is null")
     recomputed = report.summarise(rows, plan, bool(arguments["gradient_checkpointing"]))
     for name, value in recomputed.items():
         expect(f"summary.json {name}", summary[name], value)
     expect("steps of metrics.jsonl", [row["step"] for row in rows], list(range(1, len(rows) + 1)))
     for row in rows:
         rate = row["real_tokens"] / plan["world_size"] / row["step_time_s"]
-        expect(f"tokens/s of step {row['step']}", row["tokens_per_s_per_gpu"], rate)
+        expect(f"tokens/s of step {printable(row['step'], 20)}", row["tokens_per_s_per_gpu"], rate)
     for when in ("before", "after"):
-        expect(f"perplexity_{when}", summary[f"perplexity_{when}"], math.exp(summary[f"eval_loss_{when}"]))
+        loss = summary[f"eval_loss_{when}"]  # null where it was not a number
+        expect(f"perplexity_{when}", summary[f"perplexity_{when}"], None if loss is None else math.exp(loss))
     for name in ("dtype", "gpu_name", "world_size", "predicted_peak_gib"):
         expect(f"summary.json {name}", summary[name], plan[name])
     expect("train_rows", summary["train_rows"], plan["train"]["documents"])
-    peaks = [row["peak_reserved_gib"] for row in rows if row["peak_reserved_gib"] is not None]
     if (summary["peak_reserved_gib"] or 0) < max(peaks, default=0):
         found.append("summary.json peak_reserved_gib is below a step's")
     if arguments["max_steps"] < 0:
@@ -253,7 +322,7 @@ def training_contradictions(rows: list[dict], config: dict, summary: dict) -> li
         if epochs == int(epochs):
             expect("train_tokens", summary["train_tokens"], epochs * plan["train"]["real_tokens"])
     losses = [row["loss"] for row in rows if row["loss"] is not None]
-    if summary["eval_loss_after"] < 0.8 * min(losses):
+    if summary["eval_loss_after"] is not None and summary["eval_loss_after"] < 0.8 * min(losses, default=0):
         found.append("eval_loss_after is far below every training loss")
     return found[:20]
 
@@ -276,6 +345,8 @@ def check_memory(summary: dict, plan: dict, on_cpu: bool) -> Verdict:
 
 def check_learning(rows: list[dict], summary: dict) -> Verdict:
     losses = [row["loss"] for row in rows if row["loss"] is not None]
+    if not losses or None in (summary["eval_loss_before"], summary["eval_loss_after"]):
+        return False, "the loss was not a number"
     quarter = max(1, len(losses) // 4)
     first, last = (statistics.fmean(part) for part in (losses[:quarter], losses[-quarter:]))
     before, after = summary["perplexity_before"], summary["perplexity_after"]
@@ -319,18 +390,27 @@ def grade_inference(submission: Submission, alpaca_eval: list[str] | UserError) 
         problem.judge("instructions", by=lambda: check_instructions(rows, wanted))
         problem.judge("answers", by=lambda: check_answers(rows))
 
-    def reported() -> Verdict:
-        summary = files.get("summary.json")
-        if summary is None:
-            return problem.verdicts.get("summary.json", problem.verdicts["rows"])
-        problem.contradictions = inference_contradictions(summary, files.get("outputs_all.json"), rows)
-        if (summary["settings"]["arguments"]["device"] == "cpu") != problem.rehearsal:
-            problem.contradictions.append("summary.json and the instructions are of different runs")
-        problem.judge("radix_cache", by=lambda: check_radix(summary))
-        return check_time(summary, len(shipped) if problem.rehearsal else ALL_RECORDS)
+    summary = files.get("summary.json")
+    if summary is None:
+        lost = problem.verdicts.get("summary.json", problem.verdicts["rows"])
+        problem.judge("time", "radix_cache", by=lambda: lost)
+        return problem
+    records = len(shipped) if problem.rehearsal else ALL_RECORDS
+    problem.judge("time", by=lambda: check_time(summary, records))
+    problem.judge("radix_cache", by=lambda: check_radix(summary))
 
-    problem.judge("radix_cache", by=lambda: (False, "summary.json cannot be read"))
-    problem.judge("time", by=reported)
+    def contradictions() -> list[str]:
+        everything = files.get("outputs_all.json", problem.verdicts["outputs_all.json"][1])
+        problem.arguments = unusual(summary["settings"]["arguments"], Inference())
+        found = inference_contradictions(summary, everything, rows)
+        on_cpu = summary["settings"]["arguments"]["device"] == "cpu"
+        if on_cpu != problem.rehearsal:
+            found.append("summary.json and the instructions are of different runs")
+        if summary["settings"]["gpu_name"] is None and not on_cpu:
+            found.append("the run was on a GPU, but settings gpu_name is null")
+        return found
+
+    problem.compare(contradictions)
     return problem
 
 
@@ -364,7 +444,7 @@ def seen_by_checker(value: dict | list) -> dict | list:
 
 def check_instructions(rows: list[dict], wanted: list[str] | UserError) -> Verdict:
     if isinstance(wanted, UserError):
-        return False, f"cannot be judged here: {wanted}"
+        return None, f"cannot be judged here: {wanted}"
     wanted = wanted[:: check_outputs.EVERY]
     told = [row["instruction"] for row in rows]
     if told == wanted:
@@ -385,8 +465,8 @@ def check_answers(rows: list[dict]) -> Verdict:
     ), f"{empty} empty, {looping} looping, {repeated} repeated of {len(rows)}"
 
 
-def inference_contradictions(summary: dict, everything: list[dict] | None, rows: list[dict]) -> list[str]:
-    """Where summary.json contradicts itself or the answers."""
+def inference_contradictions(summary: dict, everything: list[dict] | str, rows: list[dict]) -> list[str]:
+    """Where summary.json contradicts itself or the answers. `everything`: outputs_all.json, or why it is not read."""
     answered = summary["records"] - summary["failed_records"]
     told = {
         "prefix_hit_rate": summary["cached_prompt_tokens"] / summary["prompt_tokens"],
@@ -406,8 +486,8 @@ def inference_contradictions(summary: dict, everything: list[dict] | None, rows:
     ]
     if summary["load_s"] + summary["compile_s"] + summary["generate_s"] > summary["wall_s"]:
         found.append("loading and generating took longer than the whole run")
-    if everything is None:
-        return [*found, "outputs_all.json is missing or cannot be read"]
+    if isinstance(everything, str):
+        return [*found, f"outputs_all.json: {everything}"]
     if len(everything) != summary["records"]:
         found.append(f"{len(everything)} records in outputs_all.json, {printable(summary['records'], 40)} told")
     if [row.get("output") for row in everything[:: check_outputs.EVERY]] != [row["output"] for row in rows]:
@@ -422,9 +502,11 @@ def check_time(summary: dict, records: int) -> Verdict:
     text = (
         f"{summary['wall_s']:.0f} s for {summary['records'] - summary['failed_records']} of {records} records"
     )
-    text += ", the last start only: the run was resumed" if resumed else ""
+    text += (
+        ", in the last start alone: the run was resumed, and no start tells the whole time" if resumed else ""
+    )
     complete = summary["records"] == records and not summary["failed_records"]
-    return complete and 0 < summary["wall_s"] < MOST_S, text
+    return complete and not resumed and 0 < summary["wall_s"] < MOST_S, text
 
 
 def check_radix(summary: dict) -> Verdict:
@@ -448,18 +530,19 @@ def grade(path: Path, alpaca_eval: list[str] | UserError) -> dict:
     for criterion in CRITERIA:
         problem = problems[criterion.problem]
         met, reason = problem.verdicts[criterion.name]
-        status = "earned" if met else "not earned"
+        status = {True: "earned", False: "not earned", None: "not judged"}[met]
         if met and criterion.column == REPORTED:
             status = "withdrawn" if problem.contradictions else "provisional"
         if status == "withdrawn":
             reason = f"{reason}; but {problem.contradictions[0]}"
+        reason = printable(reason, 500)
         points = criterion.points if status in ("earned", "provisional") else 0
         lines.append(asdict(criterion) | {"points": points, "of": criterion.points, "status": status, "reason": reason,
                                           "rehearsal": problem.rehearsal})  # fmt: skip
-    return total(path, lines, {number: problem.contradictions for number, problem in problems.items()})
+    return total(path, lines, problems)
 
 
-def total(path: Path, lines: list[dict], contradictions: dict[int, list[str]]) -> dict:
+def total(path: Path, lines: list[dict], problems: dict[int, Problem]) -> dict:
     """`lines`: one a criterion. Points of a rehearsal are summed apart."""
 
     def points(rehearsal: bool = False, **where: object) -> int:
@@ -467,7 +550,7 @@ def total(path: Path, lines: list[dict], contradictions: dict[int, list[str]]) -
         return sum(line["points"] for line in chosen if where.items() <= line.items())
 
     return {
-        "submission": printable(path.name),
+        "submission": printable(path.name, 2000),
         "points": points(),
         "problem_1": points(problem=1),
         "problem_2": points(problem=2),
@@ -475,7 +558,11 @@ def total(path: Path, lines: list[dict], contradictions: dict[int, list[str]]) -
         "provisional": points(column=REPORTED),
         "rehearsal_points": points(rehearsal=True),
         "criteria": lines,
-        "contradictions": contradictions,
+        "contradictions": {
+            number: [printable(text, 300) for text in problem.contradictions]
+            for number, problem in problems.items()
+        },
+        "arguments": {number: problem.arguments for number, problem in problems.items()},
     }
 
 
@@ -494,10 +581,12 @@ def grade_apart(path: Path, alpaca_eval: list[str] | UserError, out: Path) -> di
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES,) * 2)
         try:
-            result = grade(path, alpaca_eval)
+            result, reason = grade(path, alpaca_eval), ""
         except MemoryError:
-            result = nothing(path, f"more than {MEMORY_BYTES / 2**30:.0f} GiB would be needed to read it")
-        write_json(out / "grade.json", result)
+            result, reason = None, TOO_MUCH
+        except Exception as error:
+            result, reason = None, f"the grader failed: {printable(repr(error))}"
+        write_json(out / "grade.json", result or nothing(path, reason))
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -520,6 +609,9 @@ def show(result: dict) -> None:
     if any(line["rehearsal"] for line in result["criteria"]):
         count = sum(line["of"] for line in result["criteria"] if line["rehearsal"])
         print(f"  rehearsal on the CPU: {result['rehearsal_points']} of {count} points, which do not count")
+    for problem, arguments in result["arguments"].items():
+        if arguments:
+            print(f"  problem {problem} ran with {', '.join(arguments)}")
     for line in result["criteria"]:
         print(
             f"  {line['points']} of {line['of']}  {line['problem']} {line['name']:16} {line['status']:12} {line['reason']}"
@@ -535,20 +627,36 @@ def write_csv(path: Path, results: list[dict]) -> None:
         table.writerow([*totals, *(criterion.name for criterion in CRITERIA), "for_staff"])
         for result in results:
             remarks = [f"{line['name']} {line['status']}: {line['reason']}" for line in result["criteria"]
-                       if line["status"] in ("provisional", "withdrawn")]  # fmt: skip
+                       if line["status"] in ("provisional", "withdrawn", "not judged")]  # fmt: skip
+            remarks += [f"problem {problem} ran with {', '.join(arguments)}"
+                        for problem, arguments in result["arguments"].items() if arguments]  # fmt: skip
             row = [*(result[name] for name in totals), *(line["points"] for line in result["criteria"])]
             # A spreadsheet would run what begins like a formula.
             table.writerow([re.sub(r"^(?=[=+@-])", "'", str(cell)) for cell in (*row, " | ".join(remarks))])
     temporary.replace(path)
 
 
+def folder_name(name: str, taken: set[str]) -> str:
+    """A name for a submission's grades, in short ASCII; joins `taken`."""
+    plain = re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII)[:60].strip("._") or "submission"
+    names = (plain, *(f"{plain}_{i}" for i in range(2, len(taken) + 3)))
+    found = next(name for name in names if name.lower() not in taken)
+    taken.add(found.lower())
+    return found
+
+
 def submissions_in(path: Path) -> list[Path] | None:
     """The submissions of a folder of them; None if `path` is one itself."""
-    if not path.is_dir() or any(
-        (path / base.split("/")[0]).exists() for names in FOLDERS.values() for base in names
-    ):
+    if not path.is_dir():
         return None
-    return sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    entries = sorted(entry for entry in path.iterdir() if entry.name[0] != "." and entry.name != "__MACOSX")
+    names, parts = {entry.name for entry in entries}, [base for bases in FOLDERS.values() for base in bases]
+    known = bool(names) and names <= {base.split("/")[0] for base in parts}
+    held = any(
+        (path / base / name).exists() for part in FOLDERS for base in FOLDERS[part] for name in FILES[part]
+    )
+    zips = any(entry.suffix.lower() == ".zip" for entry in entries)
+    return None if known or (held and not zips) else entries
 
 
 def main(argv: list[str]) -> int:
@@ -570,13 +678,32 @@ def main(argv: list[str]) -> int:
                 f"--output_dir {out}: grades must not lie among the submissions; name another folder"
             )
         alpaca_eval = instructions(flags.prompts)
-        results = []
+        grades = out / "submissions"
+        if grades in (path, *path.parents):
+            raise UserError(f"--output_dir {out}: grades would lie among the submissions; name another folder")
+        grades.mkdir(parents=True, exist_ok=True)
+        results, failed, taken = [], 0, set()
         for submission in [path] if several is None else several:
-            results.append(grade_apart(submission, alpaca_eval, out / printable(submission.name)))
+            where = grades / folder_name(submission.name, taken)
+            try:
+                results.append(grade_apart(submission, alpaca_eval, where))
+            except OSError as error:
+                failed += 1
+                results.append(nothing(submission, f"could not be graded: {printable(error)}"))
             show(results[-1])
         if several is not None:
-            write_csv(out / "grades.csv", results)
-            print(f"{len(results)} submissions: {out / 'grades.csv'}")
+            where = out / "grades.csv"
+            write_csv(where, results)
+        unjudged = sum(line["status"] == "not judged" for result in results for line in result["criteria"])
+        tail = f"; `instructions` not judged in {unjudged}" if unjudged else ""
+        print(f"{len(results)} submission{'s' if several else ''}: {where}{tail}")
+        if failed:
+            raise UserError(f"{failed} of {len(results)} could not be graded: their reasons are above")
+        if unjudged:
+            fetch = f"hf download {flags.prompts} {prompts.ALPACA_EVAL} --repo-type dataset"
+            raise UserError(
+                f"{flags.prompts} is not here to judge `instructions`; fetch it and grade again: {fetch}"
+            )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -599,10 +726,6 @@ def instructions(where: str) -> list[str] | UserError:
     except UserError as error:
         if where != DEFAULT_PROMPTS:
             raise
-        fetch = f"hf download {where} {prompts.ALPACA_EVAL} --repo-type dataset"
-        print(
-            f"WARNING: {where} is not here, so only rehearsals can get the point for instructions; fetch it: {fetch}"
-        )
         return error
 
 

@@ -1,10 +1,11 @@
 """What a student handed in, read as data: nothing of it runs, and nothing of it can harm the grading of the next one.
 
 A submission is a zip or a folder that holds finetune/ and inference/, or a copy of the repository's folders that the
-programs write to; one folder around them is looked through. Files are read one by one under the names below, each
-with a limit, and never unpacked to where their names point. Refused, with one line: symbolic links, whatever is not a
-plain file, more than MOST_ENTRIES or MOST_BYTES, more than MOST_RATIO bytes out of one; text that is not UTF-8; JSON
-that is not valid, has NaN or infinities, or is nested too deeply.
+programs write to, with up to MOST_AROUND folders around them. Of each part the outermost folder counts; two equally
+deep ones are refused. Files are read one by one under the names below, each with a limit, and never unpacked to where
+their names point. Refused, with one line: symbolic links, whatever is not a plain file, more than MOST_ENTRIES or
+MOST_BYTES, more than MOST_RATIO bytes out of one; text that is not UTF-8; JSON that is not valid, has NaN or
+infinities, or is nested too deeply; JSONL of more than MOST_LINES.
 """
 
 import json
@@ -12,6 +13,7 @@ import math
 import os
 import stat
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -19,6 +21,19 @@ from safetensors import deserialize
 
 MIB = 2**20
 FOLDERS = {"finetune": ("finetune", "deepspeed/output_llama2_7b_lora"), "inference": ("inference", "sglang")}
+FILES = {
+    "finetune": {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "run_config.json",
+        "summary.json",
+        "metrics.jsonl",
+    },
+    "inference": {"outputs.jsonl", "outputs_all.json", "summary.json"},
+}
+# What a Mac adds to a zip, and the answers that the handout ships to compare with.
+NOT_SUBMITTED = {"__MACOSX", "reference"}
+MOST_AROUND = 3
 LIMITS = {
     "adapter_model.safetensors": 1024 * MIB,
     "metrics.jsonl": 64 * MIB,
@@ -26,7 +41,7 @@ LIMITS = {
     "outputs_all.json": 64 * MIB,
 }
 OTHER_LIMIT = 4 * MIB
-MOST_ENTRIES, MOST_BYTES, MOST_RATIO = 20_000, 8 * 2**30, 200
+MOST_ENTRIES, MOST_BYTES, MOST_RATIO, MOST_LINES = 20_000, 8 * 2**30, 200, 10_000
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
@@ -35,10 +50,23 @@ class Refused(Exception):
 
 
 def printable(text: object, length: int = 200) -> str:
-    """One line of plain characters, whatever a student's file or file name holds."""
-    return (
-        str(text)[:length].encode("ascii", "backslashreplace").decode().translate(dict.fromkeys(range(32), " "))
-    )
+    """One line of at most `length` plain characters, whatever a student's file or file name holds."""
+    plain = str(text)[:length].encode("ascii", "backslashreplace").decode()
+    return plain.translate(dict.fromkeys([*range(32), 127], " "))[:length]
+
+
+def find_parts(names: Iterable[str]) -> dict[str, list[str]]:
+    """Where the files of each part are: the outermost folders, by part, among the paths of all files."""
+    found: dict[str, dict[int, set[str]]] = {part: {} for part in FOLDERS}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        for part, bases in FOLDERS.items():
+            for base in bases if file in FILES[part] else ():
+                around = folder.removesuffix(base).split("/")[:-1]
+                mine = f"/{folder}".endswith(f"/{base}") and not NOT_SUBMITTED.intersection(around)
+                if mine and len(around) <= MOST_AROUND:
+                    found[part].setdefault(len(around), set()).add(folder)
+    return {part: sorted(folders[min(folders)]) if folders else [] for part, folders in found.items()}
 
 
 class Submission:
@@ -51,17 +79,25 @@ class Submission:
             if path.is_symlink():
                 raise Refused("is a symbolic link")
             if path.is_dir():
-                names = [entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
+                self.parts = find_parts(self._walk())
             elif path.is_file() and zipfile.is_zipfile(path):
-                names = self._open_zip()
+                self._open_zip()
+                self.parts = find_parts(self.entries)
             else:
                 raise Refused("is neither a folder nor a zip")
         except OSError as error:
             raise Refused(f"cannot be read ({error.strerror})") from error
-        self.tops = ["", *(f"{name}/" for name in sorted(set(names) - {"/", ".", ".."})[:100])]
 
-    def _open_zip(self) -> list[str]:
-        """Fills `archive` and `entries`; returns the names of the outermost folders."""
+    def _walk(self) -> Iterable[str]:
+        """Paths of a folder's files, as deep as a part may be; what is hidden is left out."""
+        os.scandir(self.path).close()  # raises what walk() would pass over
+        for folder, inner, files in os.walk(self.path):
+            around = PurePosixPath(folder).relative_to(self.path)
+            inner[:] = [name for name in inner if name[0] != "."] if len(around.parts) < MOST_AROUND + 2 else []
+            yield from (str(around / name) for name in files)
+
+    def _open_zip(self) -> None:
+        """Fills `archive` and `entries`: names as on Linux, none that points out of the zip."""
         try:
             self.archive = zipfile.ZipFile(self.path)
             entries = self.archive.infolist()
@@ -72,8 +108,10 @@ class Submission:
                 f"a zip of more than {MOST_ENTRIES:,} entries or {MOST_BYTES / 2**30:.0f} GiB unpacked"
             )
         for entry in entries:
-            self.entries.setdefault(entry.filename, []).append(entry)
-        return [PurePosixPath(name).parts[0] for name in self.entries if "/" in name.strip("/")]
+            name = entry.filename.replace("\\", "/")
+            path = PurePosixPath(name)  # has no "." in it
+            if not (name.endswith("/") or path.is_absolute() or ".." in path.parts):
+                self.entries.setdefault(str(path), []).append(entry)
 
     def _size(self, name: str) -> int | None:
         """Bytes of a file by its path in the submission; None without one."""
@@ -102,26 +140,29 @@ class Submission:
 
     def read(self, part: str, name: str) -> bytes:
         """The bytes of a file of `part` (finetune or inference)."""
-        limit = LIMITS.get(name, OTHER_LIMIT)
+        limit, places = LIMITS.get(name, OTHER_LIMIT), self.parts[part]
+        if len(places) > 1:
+            raise Refused(f"{part}/ is there {len(places)} times: {printable(' and '.join(places))}")
+        path = f"{places[0]}/{name}" if places else ""
         try:
-            for path in (f"{top}{base}/{name}" for base in FOLDERS[part] for top in self.tops):
-                size = self._size(path)
-                if size is None:
-                    continue
-                if size > limit:
-                    raise Refused(f"{printable(path)}: {size:,} bytes, at most {limit:,} are read")
-                if self.archive is None:
-                    return (self.path / path).read_bytes()
-                with self.archive.open(path) as packed:
-                    return packed.read(limit)
-        except Refused:
+            size = self._size(path) if places else None
+            if size is None:
+                raise Refused(f"{part}/{name} is missing")
+            if size > limit:
+                raise Refused(f"{printable(path)}: {size:,} bytes, at most {limit:,} are read")
+            if self.archive is None:
+                return (self.path / path).read_bytes()
+            with self.archive.open(self.entries[path][0]) as packed:
+                return packed.read(limit)
+        except (Refused, MemoryError):
             raise
         except Exception as error:  # damaged, encrypted, unreadable: zipfile raises a dozen kinds
             raise Refused(f"{part}/{name}: cannot be read: {printable(error)}") from error
-        raise Refused(f"{part}/{name} is missing")
 
     def text(self, part: str, name: str) -> str:
         content = self.read(part, name)
+        if name.endswith(".jsonl") and content.count(b"\n") > MOST_LINES:
+            raise Refused(f"{part}/{name}: more than {MOST_LINES:,} lines")
         try:
             return content.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -150,7 +191,7 @@ class Submission:
         """A safetensors file, as float arrays by name."""
         try:
             found = deserialize(self.read(part, name))
-        except Refused:
+        except (Refused, MemoryError):
             raise
         except BaseException as error:  # a panic of the library's Rust code is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
