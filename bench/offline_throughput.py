@@ -185,8 +185,6 @@ def serve(names: list[str], todo: list[TimedRecord], given: argparse.Namespace, 
     runtime.print_choices(chosen)
     engine, load_s, compile_s = runtime.start(args, chosen, model.config["architectures"], todo)
     for name in names:
-        if name == "transformers":
-            continue
         engine.flush_cache()
         work = sorted(todo, key=lambda record: -record.answer_tokens) if name == "oracle" else todo
         if kind == "sglang_defaults":
@@ -401,7 +399,10 @@ def main() -> int:
     given = parser.parse_args()
     try:
         if given.merge:
-            result = merge([json.loads(Path(part).read_text()) for part in given.merge])
+            try:
+                result = merge([json.loads(Path(part).read_text()) for part in given.merge])
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                raise UserError(f"--merge: files that --part has written, please ({error!r})") from error
             write_json(RESULT, result)
             for kind, ratios in result["ratios"].items():
                 for one in ratios:

@@ -131,9 +131,11 @@ def tile_tokens(args: Arguments, model: Model) -> int:
     beside them (runtime_plugins/deterministic_radix.py); on the CPU every prompt is exact."""
     if args.device == "cpu" or args.own_engine_args.get("attention_backend", "flashinfer") != "flashinfer":
         return 0
+    from runtime_plugins import deterministic_radix  # preflight has said if it is not installed
+
     heads = model.config["num_attention_heads"]
     kv_heads = model.config.get("num_key_value_heads") or heads
-    return 64 // (heads // args.tp_size // max(1, kv_heads // args.tp_size)) + 1
+    return deterministic_radix.tile_tokens(heads // args.tp_size, max(1, kv_heads // args.tp_size))
 
 
 def choose_policy(args: Arguments, records: list[Record]) -> tuple[str, str]:

@@ -190,9 +190,8 @@ def print_end(args: Arguments, summary: dict, serve_line: str) -> None:
     if summary["retracted_records"]:
         # Their last tokens were computed by decoding, then again by prefilling: on a GPU by another kernel.
         again = f"{summary['retracted_records']} records were computed again because the KV pool was full"
-        promise += (
-            f"; {again}" if args.device == "cpu" else f", but {again} and may differ: --max_running_requests"
-        )
+        as_promised = args.device == "cpu" or profile == "fast"
+        promise += f"; {again}" if as_promised else f", but {again} and may differ: --max_running_requests"
     print(f"profile      {profile}: {promise}")
     print(f"answers      {args.output_file} (every 10th)")
     print(f"all          {args.folder / ALL}; {SUMMARY}, {LENGTHS} beside it")

@@ -26,12 +26,16 @@ def register() -> None:
     hook("sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len", leave_a_full_tile, "AROUND")
 
 
+def tile_tokens(query_heads: int, kv_heads: int) -> int:
+    """The least query tokens of a prompt with which FlashInfer's prefill takes its largest tile."""
+    return PACKED_QUERIES_OF_SMALLER_TILES // (query_heads // kv_heads) + 1
+
+
 def leave_a_full_tile(original, self, input_len: int) -> int:
     """The longest prefix that may come from the cache."""
     from sglang.srt.runtime_context import get_server_args
 
     server_args = get_server_args()
     model, tp_size = server_args.get_model_config(), server_args.tp_size
-    group = model.get_num_attention_heads(tp_size) // model.get_num_kv_heads(tp_size)
-    computed = PACKED_QUERIES_OF_SMALLER_TILES // group + 1
+    computed = tile_tokens(model.get_num_attention_heads(tp_size), model.get_num_kv_heads(tp_size))
     return max(0, min(original(self, input_len), input_len - computed))
