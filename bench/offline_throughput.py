@@ -17,14 +17,19 @@ rows:
     oracle            fast, longest answer first: counts for nothing, no one knows the lengths
     transformers      Hugging Face continuous batching (SDPA attention), the first --peer_records records; and
                       fast on the same ones
+    fast,NAME=VALUE   fast with another engine argument (JSON or text; several: one comma each) or, in capital
+                      letters, environment variable: a lever
 """
 
 import argparse
 import asyncio
+import contextlib
+import functools
 import hashlib
 import json
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -56,6 +61,7 @@ SGLANG_DEFAULTS = {
     "cuda_graph_backend_prefill": ("disabled", "its capture compiles for minutes"),
 }
 ENGINE_OF = {"batches_64": "sglang_defaults", "batches_32": "sglang_defaults", "oracle": "fast"}
+DECODE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 96, *range(128, 833, 64), 1024)
 ROWS = (
     "fast",
     "default",
@@ -126,32 +132,87 @@ def _read(path: Path) -> list[tuple[str, int]]:
 # --- the rates of this GPU ----------------------------------------------------------------------------
 
 
-def measure_rates(pipe) -> None:
-    """Sends bytes/s of a large copy (read and written) and FLOP/s of the best of the model's own matrix
-    products, both by CUDA events."""
+def seconds_of(function: Callable, times: int) -> float:
+    """Of one call, by CUDA events."""
     import torch
 
-    def seconds(function: Callable, times: int) -> float:
-        for _ in range(3):
-            function()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(times):
-            function()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1000 / times
+    for _ in range(2):
+        function()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(times):
+        function()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000 / times
 
-    source = torch.empty(2**32, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.numel() / seconds(lambda: target.copy_(source), 20)
-    best, hidden, inner = 0.0, qwen_shape.CONFIG["hidden_size"], qwen_shape.CONFIG["intermediate_size"]
-    weight = torch.randn(2 * inner, hidden, device="cuda", dtype=torch.bfloat16)
+
+def normal(*shape: int):
+    import torch
+
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def measure_rates(pipe) -> None:
+    """Sends bytes/s of a large copy (read and written), FLOP/s of the best of the model's own matrix products, and
+    the seconds of a decode step's matrix products for some batches."""
+    import torch
+    from torch.nn.functional import linear
+
+    target, source = torch.empty(2, 2**32, dtype=torch.uint8, device="cuda")
+    bandwidth = 2 * source.numel() / seconds_of(functools.partial(target.copy_, source), 20)
+    hidden, inner = qwen_shape.CONFIG["hidden_size"], qwen_shape.CONFIG["intermediate_size"]
+    best, weight = 0.0, normal(2 * inner, hidden)
     for rows in range(128, 4097, 128):
-        tokens = torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16)
-        took = seconds(lambda tokens=tokens: torch.nn.functional.linear(tokens, weight), 10)
+        took = seconds_of(functools.partial(linear, normal(rows, hidden), weight), 10)
         best = max(best, 2 * rows * weight.numel() / took)
-    pipe.send({"bandwidth_bytes_per_s": bandwidth, "matmul_flops_per_s": best})
+    pipe.send(
+        {
+            "bandwidth_bytes_per_s": bandwidth,
+            "matmul_flops_per_s": best,
+            "decode_matmul_s": decode_matmul_s(qwen_shape.CONFIG),
+        }
+    )
+
+
+def decode_matmul_s(shape: dict) -> dict[int, float]:
+    """{batch: seconds} of all matrix products of a decode step and nothing else: every layer has its own weights,
+    q, k and v their bias, and a CUDA graph launches them."""
+    import torch
+    from torch.nn.functional import linear
+
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    qkv = hidden + 2 * hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    of_layer = [(qkv, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
+    weights = [normal(*size) for _ in range(shape["num_hidden_layers"]) for size in of_layer]
+    weights.append(normal(shape["vocab_size"], hidden))
+    bias, step_s = normal(qkv), {}
+
+    def products(inputs: dict) -> None:
+        for weight in weights:
+            linear(inputs[weight.shape[1]], weight, bias if weight.shape[0] == qkv else None)
+
+    for rows in DECODE_BATCHES:
+        inputs = {columns: normal(rows, columns) for columns in (hidden, inner)}
+        products(inputs)  # cuBLAS allocates its workspace before the capture
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            products(inputs)
+        step_s[rows] = seconds_of(graph.replay, 5)
+    return step_s
+
+
+def kernel_floor_s(lengths: list[tuple[int, int]], model, bandwidth: float, step_s: dict[int, float]) -> float:
+    """Seconds of all decode steps with these matrix products (between measured batches: linear) and, after them,
+    the KV at the memory's measured rate: nothing for norms, rotations, sampling or between kernels."""
+    batches, total = sorted(step_s), 0.0
+    for running, kv_tokens in report.decode_steps(lengths):
+        above = min((batch for batch in batches if batch >= running), default=batches[-1])
+        below = max((batch for batch in batches if batch < above), default=above)
+        share = (running - below) / (above - below) if above > below else 0
+        total += step_s[below] + share * (step_s[above] - step_s[below])
+        total += kv_tokens * model.kv_bytes_per_token / bandwidth
+    return total
 
 
 # --- the rows -----------------------------------------------------------------------------------------
@@ -159,7 +220,7 @@ def measure_rates(pipe) -> None:
 
 def serve(names: list[str], todo: list[TimedRecord], given: argparse.Namespace, model, pipe) -> None:
     """Starts the engine of these rows, and sends a row for each."""
-    kind = ENGINE_OF.get(names[0], names[0])
+    kind, *lever = ENGINE_OF.get(names[0], names[0]).split(",")
     words = [
         "--model_path",
         model.folder,
@@ -169,7 +230,9 @@ def serve(names: list[str], todo: list[TimedRecord], given: argparse.Namespace, 
         str(FOLDER / "outputs.jsonl"),
     ]
     words += ["--max_new_tokens", str(given.cap), "--dp_size", "2" if kind == "fast_dp2" else "1"]
-    words += ["--engine_args", given.engine_args] + (["--fast"] if kind.startswith("fast") else [])
+    settings = dict(setting.split("=", 1) for setting in lever)
+    own = json.loads(given.engine_args) | {k: _value(v) for k, v in settings.items() if not k.isupper()}
+    words += ["--engine_args", json.dumps(own)] + (["--fast"] if kind.startswith("fast") else [])
     args = parse(words)
     machine = given.machine
     chosen = runtime.choose(args, machine, model, todo)
@@ -180,7 +243,7 @@ def serve(names: list[str], todo: list[TimedRecord], given: argparse.Namespace, 
         for name in environment:
             os.environ.pop(name, None)
         environment = {"RUNTIME_PLUGINS": ""}
-    os.environ.update(environment)
+    os.environ.update(environment | {k: v for k, v in settings.items() if k.isupper()})
     os.environ["RUNTIME_PLUGINS"] += ",answer_lengths"
     runtime.print_choices(chosen)
     engine, load_s, compile_s = runtime.start(args, chosen, model.config["architectures"], todo)
@@ -208,6 +271,12 @@ def serve(names: list[str], todo: list[TimedRecord], given: argparse.Namespace, 
             }
         )
     engine.shutdown()
+
+
+def _value(text: str) -> object:
+    with contextlib.suppress(ValueError):
+        return json.loads(text)
+    return text
 
 
 def one_each(engine, todo: list[TimedRecord], args: Arguments) -> tuple[float, list[dict]]:
@@ -317,7 +386,10 @@ def measure(given: argparse.Namespace) -> dict:
         prefill_s = computed * model.streamed_bytes / rates.flops  # 2 FLOPs a weight of 2 bytes
         result["roofline_s"] = prefill_s + report.roofline_s(lengths, model, rates)
         result["roofline_prefill_s"] = prefill_s
+        step_s, bandwidth = result["rates"]["decode_matmul_s"], rates.bandwidth
+        result["kernel_floor_s"] = prefill_s + kernel_floor_s(lengths, model, bandwidth, step_s)
         print(f"roofline of these lengths: {result['roofline_s']:.2f} s", flush=True)
+        print(f"matrix products, then KV at the memory's rate: {result['kernel_floor_s']:.2f} s", flush=True)
     rows = list(dict.fromkeys(["fast", *given.rows]))
     groups: dict[str, list[str]] = {}
     for name in rows:
@@ -358,6 +430,7 @@ def merge(parts: list[dict]) -> dict:
             ratios["transformers"] = rows["transformers"] / rows["fast_on_the_same"]
         if part.get("roofline_s"):
             ratios["roofline"] = rows["fast"] / part["roofline_s"]
+            ratios["kernel_floor"] = part["kernel_floor_s"] / rows["fast"]
             if "default" in rows:
                 ratios["roofline_of_default"] = rows["default"] / part["roofline_s"]
         merged["ratios"].setdefault(kind, []).append(ratios)
@@ -383,7 +456,7 @@ def _row(part: dict, name: str) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], metavar="row", help="see above")
+    parser.add_argument("rows", nargs="*", metavar="row", help="see above")
     parser.add_argument("--records", help="JSON array with instruction and output_tokens")
     parser.add_argument("--capped", action="store_true", help="a fifth of the answers runs to the cap")
     parser.add_argument("--limit", type=int, default=0, help="the first records only (0: all)")
@@ -398,6 +471,9 @@ def main() -> int:
     parser.add_argument("--merge", nargs="+", metavar="PART", help="join parts into the result file")
     given = parser.parse_args()
     try:
+        for row in given.rows:
+            if row not in ROWS and not re.fullmatch(r"fast(,\w+=[^,]*)+", row):
+                raise UserError(f"no row {row}; there are {', '.join(ROWS)} and fast,NAME=VALUE")
         if given.merge:
             try:
                 result = merge([json.loads(Path(part).read_text()) for part in given.merge])

@@ -55,6 +55,7 @@ def test_ratios_stay_within_a_command():
         return {
             "workload": {"capped_fifth": False, "file_sha256": file},
             "roofline_s": roofline,
+            "kernel_floor_s": roofline * 1.2,
             "rows": [{"row": row, "seconds": value} for row, value in seconds.items()],
         }
 
@@ -70,7 +71,16 @@ def test_ratios_stay_within_a_command():
     assert merged["ratio_default_to_fast"] == 1.5
     assert merged["dp2_scaling"] == 2.0
     assert merged["ratio_vs_defaults"] is None
-    assert merged["ratios"]["reference_drawn"] == [{"fast": 1.0, "batches_64": 99.0, "roofline": 0.1}]
+    assert merged["ratios"]["reference_drawn"] == [
+        {"fast": 1.0, "batches_64": 99.0, "roofline": 0.1, "kernel_floor": 12.0}
+    ]
+
+
+def test_the_kernel_floor_is_the_sum_over_steps():
+    """Two records of 1 and 3 tokens: steps of 2, 1 and 1 running, with 10 + 20, 21 and 22 tokens of KV."""
+    model = argparse.Namespace(kv_bytes_per_token=100)
+    found = offline_throughput.kernel_floor_s([(10, 1), (20, 3)], model, 1000.0, {1: 5.0, 3: 9.0})
+    assert found == pytest.approx(7 + 5 + 5 + (30 + 21 + 22) / 10)
 
 
 @pytest.mark.long

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from batch_infer.preflight import nvml_gpus
 from harness import ROOT, fork
-from runtime_plugins import check_target, cpu, deterministic_radix
+from runtime_plugins import check_target, cpu, deterministic_radix, lean_sampler
 
 
 def in_child(function, tmp_path) -> str:
@@ -43,6 +44,7 @@ def test_nothing_happens_unless_the_cpu_was_asked_for(runtime, monkeypatch, tmp_
         assert cpu.activate() is None
         cpu.register()
         deterministic_radix.register()
+        lean_sampler.register()
         tail = ["sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len"]
         assert list(HookRegistry._hooks) == (tail if asked else [])
         assert torch.Tensor.pin_memory is pin
@@ -211,5 +213,80 @@ def test_attention_is_right_and_exact_however_it_is_cut(tmp_path):
             row = query[position : position + 1]
             alone = cpu.attend(row, k_cache, v_cache, slots[: position + 1], None)
             assert torch.equal(alone, whole[position : position + 1]), position
+
+    in_child(check, tmp_path)
+
+
+def test_lean_sampler_takes_the_place_of_both_backends(runtime, monkeypatch, tmp_path):
+    """What it has no faster way for (here: greedy answers) is its parent's."""
+    monkeypatch.setenv("RUNTIME_PLUGINS", "lean_sampler")
+
+    def check() -> None:
+        from types import SimpleNamespace
+
+        import torch
+        from sglang.srt.layers import sampler
+
+        lean_sampler.register()
+        made = sampler.create_sampler.__globals__["_CUSTOM_SAMPLER_FACTORIES"]
+        lean = lean_sampler.sampler_class()
+        lean.__init__ = lambda self: None
+        assert [type(made[backend]()) for backend in ("flashinfer", "pytorch")] == [lean] * 2
+        asked = []
+        sampler.Sampler._sample_from_probs = lambda self, *given: asked.append(given)
+        for seeds, top_p, top_k, min_p in (
+            (None, True, False, False),
+            ([1], False, False, False),
+            ([1], True, True, False),
+            ([1], True, False, True),
+        ):
+            info = SimpleNamespace(
+                sampling_seed=seeds,
+                need_top_p_sampling=top_p,
+                need_top_k_sampling=top_k,
+                need_min_p_sampling=min_p,
+            )
+            made["pytorch"]()._sample_from_probs(torch.ones(1, 2), info, None, False)
+        assert len(asked) == 4
+
+    in_child(check, tmp_path)
+
+
+@pytest.mark.skipif(not nvml_gpus(), reason="FlashInfer's sampling kernels need a GPU")
+def test_a_seeded_token_does_not_depend_on_its_batch(tmp_path):
+    """Any part of the rows in any order, and frequencies as the probabilities that top-p keeps."""
+
+    def check() -> None:
+        import torch
+
+        vocabulary, rows = 152064, 805
+        draw = torch.Generator("cuda").manual_seed(0)
+        for scale in (0.02, 1.0, 4.0):
+            logits = torch.randn(rows, vocabulary, device="cuda", generator=draw) * scale
+            probs = torch.softmax(logits / 0.7, dim=-1)
+            given = (
+                torch.full((rows,), 0.95, device="cuda"),
+                torch.arange(rows, device="cuda") * 7919,
+                torch.arange(rows, device="cuda") % 977,
+            )
+            whole = lean_sampler.seeded_top_p(probs, *given)
+            for n in (1, 2, 63, 64, 65, 256, 700):
+                part = torch.randperm(rows, device="cuda")[:n]
+                logits_of_part = logits[part]
+                again = torch.softmax(logits_of_part / 0.7, dim=-1)
+                found = lean_sampler.seeded_top_p(again, *(values[part] for values in given))
+                assert torch.equal(found, whole[part]), (scale, n)
+        ordered, tokens = probs[0].sort(descending=True)
+        kept = tokens[(ordered.cumsum(0) - ordered) <= 0.95]
+        draws, counts = 51200, torch.zeros(vocabulary, device="cuda")
+        for first in range(0, draws, 512):
+            seeds = torch.arange(first, first + 512, device="cuda")
+            found = lean_sampler.seeded_top_p(probs[:1].repeat(512, 1), given[0][:512], seeds, seeds)
+            counts += torch.bincount(found.long(), minlength=vocabulary)
+        assert counts.sum() == counts[kept].sum() == draws
+        expected = probs[0][kept] / probs[0][kept].sum() * draws
+        often = expected > 20
+        deviation = (counts[kept] - expected)[often] / expected[often].sqrt()
+        assert 0.5 < deviation.square().mean() < 1.6, deviation
 
     in_child(check, tmp_path)

@@ -35,7 +35,6 @@ WAITING_FOR_LPM = 128  # above this many waiting requests lpm silently becomes f
 # SGLang's own in-batch rule needs (schedule_policy.py). A chat template's header is shorter: AlpacaEval stays
 # as it is.
 WORTH_PLANNING, SHARED_PREFIX_TOKENS = 0.1, 32
-DETERMINISTIC_RUNNING = 256  # its seeded sampler needs fp64 copies of all logits
 
 
 @dataclass
@@ -208,21 +207,21 @@ def _choose_cpu(args: Arguments, model: Model, context: int) -> Choices:
 def _choose_gpu(args: Arguments, machine: Machine, model: Model, records: list[Record]) -> Choices:
     dp = args.dp_size or max(1, machine.gpus // args.tp_size)
     waiting = sum(not record.error for record in records)
-    limit = args.max_running_requests or (DETERMINISTIC_RUNNING if args.reproducible else 2048)
-    wanted = max(1, min(limit, args.batch_size or waiting, -(-waiting // dp)))
-    graphs = (wanted + 7) // 8 * 8
-    reserve_gib = 3.5 + graphs * 0.004  # context, FlashInfer workspace (2), activations; graphs
-    if args.reproducible:
-        reserve_gib += 4 * wanted * model.vocab_size * 8 / GIB
-    fraction = int(min(0.9, 1 - reserve_gib / machine.memory_gib) * 100) / 100
-    pool = (fraction * machine.memory_gib - model.weight_bytes / GIB / args.tp_size) * GIB
-    fits = int(pool / (model.kv_bytes_per_token / args.tp_size * (EXPECTED_ANSWER_TOKENS + 64)))
+    wanted = max(1, min(args.max_running_requests or 2048, args.batch_size or waiting, -(-waiting // dp)))
+    # Outside the pool: CUDA context, FlashInfer's workspace (2 GiB), activations, a chunk of Gumbel noise; and for each
+    # running record a CUDA graph's share and two fp32 rows of the vocabulary (probabilities, what top-p keeps).
+    fixed_gib, record_gib = 3.7, 0.004 + 8 * model.vocab_size / GIB
+    kv_gib = model.kv_bytes_per_token / args.tp_size * (EXPECTED_ANSWER_TOKENS + 64) / GIB
+    left_gib = machine.memory_gib - fixed_gib - model.weight_bytes / GIB / args.tp_size
+    fits = int(left_gib / (kv_gib + record_gib))
     if fits < 1:
         raise UserError(
             f"{machine.gpu_name}: {machine.memory_gib:.1f} GiB, but the weights take {model.weight_bytes / GIB:.1f} and "
-            f"{reserve_gib:.1f} must stay free; use a larger GPU, or --tp_size {2 * args.tp_size}"
+            f"{fixed_gib + record_gib:.1f} must stay free; use a larger GPU, or --tp_size {2 * args.tp_size}"
         )
-    graphs = max(8, min(graphs, (fits + 7) // 8 * 8))
+    graphs = (min(wanted, fits) + 7) // 8 * 8
+    reserve_gib = fixed_gib + min(wanted, fits) * record_gib
+    fraction = int(min(0.9, 1 - reserve_gib / machine.memory_gib) * 100) / 100
     chosen = {
         "attention_backend": ("flashinfer", "the assignment's kernels"),
         "dp_size": (
@@ -244,11 +243,8 @@ def _choose_gpu(args: Arguments, machine: Machine, model: Model, records: list[R
             f"for {machine.memory_gib:.0f} GiB",
         ),
     }
-    if args.max_running_requests or args.reproducible:
-        chosen["max_running_requests"] = (
-            limit,
-            "--max_running_requests" if args.max_running_requests else "the seeded sampler's fp64 copies",
-        )
+    if args.max_running_requests:
+        chosen["max_running_requests"] = (args.max_running_requests, "--max_running_requests")
     return chosen
 
 
@@ -285,7 +281,7 @@ def environment(args: Arguments) -> dict[str, str]:
     # cluster tell.)
     keep_radix = ["deterministic_radix"] if args.reproducible else []
     # End of problem 2d
-    return {"RUNTIME_PLUGINS": ",".join(keep_radix + jump_forward)} | whole_answers
+    return {"RUNTIME_PLUGINS": ",".join([*keep_radix, *jump_forward, "lean_sampler"])} | whole_answers
 
 
 def serve_line(args: Arguments, chosen: Choices) -> str:

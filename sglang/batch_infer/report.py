@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from workbench.machine import versions
@@ -63,6 +64,16 @@ def progress(total: int, done: int):
         yield on_rows
 
 
+def decode_steps(lengths: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(running records, tokens of their KV) in each step, if all (prompt, answer) token counts start together."""
+    running, prompt_tokens, ended = len(lengths), sum(prompt for prompt, _ in lengths), 0
+    by_answer = sorted(lengths, key=lambda pair: pair[1])
+    for step in range(by_answer[-1][1]):
+        while by_answer[ended][1] <= step:
+            running, prompt_tokens, ended = running - 1, prompt_tokens - by_answer[ended][0], ended + 1
+        yield running, prompt_tokens + running * step
+
+
 def roofline_s(lengths: list[tuple[int, int]], model: Model, machine: Machine, gpus: int = 1) -> float | None:
     """Least seconds for these (prompt, answer) token counts with everything in flight, on `gpus` GPUs.
 
@@ -73,13 +84,8 @@ def roofline_s(lengths: list[tuple[int, int]], model: Model, machine: Machine, g
     """
     if not (machine.bandwidth and machine.flops and lengths):
         return None
-    seconds, running, prompt_tokens = 0.0, len(lengths), sum(prompt for prompt, _ in lengths)
-    ended = 0
-    by_answer = sorted(lengths, key=lambda pair: pair[1])
-    for step in range(by_answer[-1][1]):
-        while by_answer[ended][1] <= step:
-            running, prompt_tokens, ended = running - 1, prompt_tokens - by_answer[ended][0], ended + 1
-        kv_tokens = prompt_tokens + running * step
+    seconds = 0.0
+    for running, kv_tokens in decode_steps(lengths):
         moved = model.streamed_bytes + kv_tokens * model.kv_bytes_per_token
         seconds += max(moved / machine.bandwidth, model.streamed_bytes * running / machine.flops)
     return seconds / gpus

@@ -7,6 +7,7 @@ Nothing here is active unless the environment variable RUNTIME_PLUGINS names it,
     radix_trace          the radix tree is written to the file that RADIX_TRACE names, event by event
     jump_forward         text that a grammar forces is computed in one pass (run_sglang.py --jump_forward)
     count_passes         the engine's state says how many forward passes it ran (for measurements)
+    lean_sampler         top-p sampling with fewer passes over the logits (GPU)
     answer_lengths       a request ends at its own custom_params["answer_tokens"] (for measurements)
 
 `run_sglang.py` sets these variables for its own engine and prints them with its `sglang serve` line.
