@@ -15,7 +15,7 @@ install-v100: .venv-v100/.installed  ## create .venv-v100, the environment for V
 install: .venv/.installed  ## create .venv from requirements.txt (done by the other targets)
 
 PLUGINS = $(addprefix sglang/runtime_plugins/,pyproject.toml __init__.py cpu.py cpu_platform.py deterministic_radix.py \
-    radix_trace.py jump_forward.py count_passes.py answer_lengths.py lean_sampler.py)
+    radix_trace.py jump_forward.py count_passes.py answer_lengths.py lean_sampler.py seeded_top_p.py)
 
 .venv/.installed: requirements.txt $(PLUGINS)
 	@VENV=; source ./env.sh && install_environment .venv requirements.txt "$(PYTHON)" ./sglang/runtime_plugins

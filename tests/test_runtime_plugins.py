@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -218,75 +220,101 @@ def test_attention_is_right_and_exact_however_it_is_cut(tmp_path):
 
 
 def test_lean_sampler_takes_the_place_of_both_backends(runtime, monkeypatch, tmp_path):
-    """What it has no faster way for (here: greedy answers) is its parent's."""
+    """What it has no faster way for is its parent's."""
     monkeypatch.setenv("RUNTIME_PLUGINS", "lean_sampler")
 
     def check() -> None:
         from types import SimpleNamespace
 
-        import torch
         from sglang.srt.layers import sampler
 
         lean_sampler.register()
-        made = sampler.create_sampler.__globals__["_CUSTOM_SAMPLER_FACTORIES"]
-        lean = lean_sampler.sampler_class()
+        made, lean = sampler._CUSTOM_SAMPLER_FACTORIES, lean_sampler.sampler_class()
         lean.__init__ = lambda self: None
         assert [type(made[backend]()) for backend in ("flashinfer", "pytorch")] == [lean] * 2
         asked = []
-        sampler.Sampler._sample_from_probs = lambda self, *given: asked.append(given)
-        for seeds, top_p, top_k, min_p in (
-            (None, True, False, False),
-            ([1], False, False, False),
-            ([1], True, True, False),
-            ([1], True, False, True),
+        sampler.Sampler.forward = lambda self, *given: asked.append(given)
+        plain = {"is_all_greedy": False, "need_top_p_sampling": True, "need_top_k_sampling": False}
+        plain |= {"need_min_p_sampling": False, "has_custom_logit_processor": False}
+        plain |= {"sampling_seed": [1], "return_sampling_masks": None}
+        for change in (
+            {"is_all_greedy": True},
+            {"need_top_p_sampling": False},
+            {"need_top_k_sampling": True},
+            {"need_min_p_sampling": True},
+            {"has_custom_logit_processor": True},
+            {"return_sampling_masks": [False, True]},
         ):
-            info = SimpleNamespace(
-                sampling_seed=seeds,
-                need_top_p_sampling=top_p,
-                need_top_k_sampling=top_k,
-                need_min_p_sampling=min_p,
-            )
-            made["pytorch"]()._sample_from_probs(torch.ones(1, 2), info, None, False)
-        assert len(asked) == 4
+            lean.forward(made["pytorch"](), None, SimpleNamespace(**plain | change), False, [], [], None)
+        lean.forward(made["pytorch"](), None, SimpleNamespace(**plain), True, [], [], None)
+        assert len(asked) == 7
 
     in_child(check, tmp_path)
 
 
-@pytest.mark.skipif(not nvml_gpus(), reason="FlashInfer's sampling kernels need a GPU")
-def test_a_seeded_token_does_not_depend_on_its_batch(tmp_path):
-    """Any part of the rows in any order, and frequencies as the probabilities that top-p keeps."""
+SEEDED_TOP_P = """
+import sys
 
-    def check() -> None:
-        import torch
+import torch
 
-        vocabulary, rows = 152064, 805
-        draw = torch.Generator("cuda").manual_seed(0)
-        for scale in (0.02, 1.0, 4.0):
-            logits = torch.randn(rows, vocabulary, device="cuda", generator=draw) * scale
-            probs = torch.softmax(logits / 0.7, dim=-1)
-            given = (
-                torch.full((rows,), 0.95, device="cuda"),
-                torch.arange(rows, device="cuda") * 7919,
-                torch.arange(rows, device="cuda") % 977,
-            )
-            whole = lean_sampler.seeded_top_p(probs, *given)
-            for n in (1, 2, 63, 64, 65, 256, 700):
-                part = torch.randperm(rows, device="cuda")[:n]
-                logits_of_part = logits[part]
-                again = torch.softmax(logits_of_part / 0.7, dim=-1)
-                found = lean_sampler.seeded_top_p(again, *(values[part] for values in given))
-                assert torch.equal(found, whole[part]), (scale, n)
-        ordered, tokens = probs[0].sort(descending=True)
-        kept = tokens[(ordered.cumsum(0) - ordered) <= 0.95]
-        draws, counts = 51200, torch.zeros(vocabulary, device="cuda")
-        for first in range(0, draws, 512):
-            seeds = torch.arange(first, first + 512, device="cuda")
-            found = lean_sampler.seeded_top_p(probs[:1].repeat(512, 1), given[0][:512], seeds, seeds)
-            counts += torch.bincount(found.long(), minlength=vocabulary)
-        assert counts.sum() == counts[kept].sum() == draws
-        expected = probs[0][kept] / probs[0][kept].sum() * draws
-        often = expected > 20
-        deviation = (counts[kept] - expected)[often] / expected[often].sqrt()
-        assert 0.5 < deviation.square().mean() < 1.6, deviation
+sys.path.append(sys.argv[1])
+from runtime_plugins import seeded_top_p
 
-    in_child(check, tmp_path)
+device, vocabulary, rows, draws = sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+if device == "cpu":
+    seeded_top_p.BLOCK = 64  # several blocks a row
+torch.manual_seed(0)
+for scale in (0.02, float(sys.argv[6])):
+    given = (
+        torch.randn(rows, vocabulary, device=device) * scale,
+        torch.full((rows,), 0.7, device=device),
+        torch.full((rows,), 0.9, device=device),
+        torch.arange(rows, device=device) * 7919,
+        torch.arange(rows, device=device) % 977,
+    )
+    whole = seeded_top_p.seeded_top_p(*given)
+    for n in (1, 2, rows // 3, rows - 1):
+        part = torch.randperm(rows, device=device)[:n]
+        again = seeded_top_p.seeded_top_p(*(values[part] for values in given))
+        assert torch.equal(again, whole[part]), (scale, n)
+
+probs = torch.softmax(given[0][0] / 0.7, dim=-1)
+ordered, tokens = probs.sort(descending=True)
+nucleus = tokens[(ordered.cumsum(0) - ordered) <= 0.9]
+counts = torch.zeros(vocabulary, device=device)
+for first in range(0, draws, rows):
+    seeds = torch.arange(first, first + rows, device=device)
+    found = seeded_top_p.seeded_top_p(given[0][:1].expand(rows, -1), *given[1:3], seeds, seeds % 5)
+    counts += torch.bincount(found.long(), minlength=vocabulary)
+total = counts.sum()
+assert counts[nucleus].sum() == total, "a token that top-p does not keep"
+expected = probs[nucleus] / probs[nucleus].sum() * total
+often = expected > 5
+deviation = ((counts[nucleus] - expected)[often].square() / expected[often]).mean()
+assert often.sum() > 4 and 0.02 < deviation < 2.5, deviation
+
+masked = torch.full((2, vocabulary), -float("inf"), device=device)  # as a grammar does
+masked[0, vocabulary - 1] = masked[1, 0] = -3.0
+assert seeded_top_p.seeded_top_p(masked, *(v[:2] for v in given[1:])).tolist() == [vocabulary - 1, 0]
+broken = torch.full((1, vocabulary), float("nan"), device=device)
+assert seeded_top_p.seeded_top_p(broken, *(v[:1] for v in given[1:])).shape == (1,)
+"""
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ("cpu", "150", "12", "240", "2"),
+        pytest.param(
+            ("cuda", "152064", "805", "80500", "4"),
+            marks=pytest.mark.skipif(not nvml_gpus(), reason="needs a GPU"),
+        ),
+    ],
+)
+def test_a_seeded_token_does_not_depend_on_its_batch(sizes):
+    """Any rows in any order give the same tokens, all are of top-p's nucleus, and as often as their probabilities
+    say. On the CPU Triton's interpreter runs the kernel."""
+    interpreter = {"TRITON_INTERPRET": "1"} if sizes[0] == "cpu" else {}
+    subprocess.run(
+        [sys.executable, "-c", SEEDED_TOP_P, ROOT / "sglang", *sizes], check=True, env=os.environ | interpreter
+    )

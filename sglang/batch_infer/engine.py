@@ -208,9 +208,9 @@ def _choose_gpu(args: Arguments, machine: Machine, model: Model, records: list[R
     dp = args.dp_size or max(1, machine.gpus // args.tp_size)
     waiting = sum(not record.error for record in records)
     wanted = max(1, min(args.max_running_requests or 2048, args.batch_size or waiting, -(-waiting // dp)))
-    # Outside the pool: CUDA context, FlashInfer's workspace (2 GiB), activations, a chunk of Gumbel noise; and for each
-    # running record a CUDA graph's share and two fp32 rows of the vocabulary (probabilities, what top-p keeps).
-    fixed_gib, record_gib = 3.7, 0.004 + 8 * model.vocab_size / GIB
+    # Outside the pool: CUDA context, FlashInfer's workspace (2 GiB), activations; and for each running record a CUDA
+    # graph's share and an fp32 row of the vocabulary (probabilities).
+    fixed_gib, record_gib = 3.5, 0.004 + 4 * model.vocab_size / GIB
     kv_gib = model.kv_bytes_per_token / args.tp_size * (EXPECTED_ANSWER_TOKENS + 64) / GIB
     left_gib = machine.memory_gib - fixed_gib - model.weight_bytes / GIB / args.tp_size
     fits = int(left_gib / (kv_gib + record_gib))
