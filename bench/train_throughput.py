@@ -18,16 +18,20 @@ rows:
     ours              the program's defaults, fp16
     starter           its ZeRO settings: a document a row, padded to 512, 4 micro-batches a step
     replicated        weights whole on each GPU, LoRA gradients summed (DeepSpeed stage 0), without the cap
-    ours_bf16, replicated_bf16               without the cap, all kernels
+    ours_bf16, replicated_bf16               16,384 tokens a micro-batch, without the cap, all kernels
     ours_1gpu_nocap, ours_2gpu_nocap         the same tokens per GPU
-    tokens_2048, tokens_2048_rank_64, tokens_4096_rank_64, tokens_6144, tokens_6144_rank_64
+    tokens_2048, tokens_2048_rank_64, tokens_4096, tokens_4096_rank_64, tokens_6144_rank_64, tokens_8192
                       `ours` at other token budgets and LoRA ranks, without the cap: is the predicted peak right?
+    memory_efficient_linear, hooks_of_modules, saved_tensor_hooks, prefetch_none
+                      `ours` without one of its levers: DeepSpeed's own linear function, a gather for every linear
+                      layer, non-reentrant checkpointing, no layer gathered ahead
 
 Rates count real tokens (`real_share` of the data's positions are not padding) and use the median step after 4
 micro-batches of warm-up. Of the last two steps, outside those, rank 0's kernels are recorded.
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -39,6 +43,7 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,13 +83,16 @@ STARTER_ZERO = {  # its deepspeed/utils/ds_utils.py
 
 @dataclass(frozen=True)
 class Row:
-    """One way to run the program. `zero` replaces zero_optimization of deepspeed/zero3.json."""
+    """One way to run the program. `zero` replaces zero_optimization of deepspeed/zero3.json, `zero_changes` some
+    of its keys."""
 
     flags: dict = field(default_factory=dict)
     dtype: str = "fp16"
     zero: dict | None = None
+    zero_changes: dict = field(default_factory=dict)  # None: without this key
     cap: bool = False
     one_document_a_row: bool = False
+    non_reentrant: bool = False
 
     @property
     def replicated(self) -> bool:
@@ -95,20 +103,26 @@ def budget(tokens: int, rank: int = 16) -> Row:
     return Row({"tokens_per_micro_batch": tokens, "lora_r": rank})
 
 
+LARGE = {"tokens_per_micro_batch": 16384}  # what cards with room can take
 PADDED = {"max_seq_len": 512, "tokens_per_micro_batch": 512, "gradient_accumulation_steps": 4}
 ROWS = {
     "ours": Row(cap=True),
     "starter": Row(PADDED, zero=STARTER_ZERO, cap=True, one_document_a_row=True),
     "replicated": Row(zero={"stage": 0}),
-    "ours_bf16": Row(dtype="bf16"),
-    "replicated_bf16": Row(dtype="bf16", zero={"stage": 0}),
+    "ours_bf16": Row(LARGE, dtype="bf16"),
+    "replicated_bf16": Row(LARGE, dtype="bf16", zero={"stage": 0}),
     "ours_1gpu_nocap": Row({"num_gpus": 1}),
     "ours_2gpu_nocap": Row(),
     "tokens_2048": budget(2048),
     "tokens_2048_rank_64": budget(2048, 64),
+    "tokens_4096": budget(4096),
     "tokens_4096_rank_64": budget(4096, 64),
-    "tokens_6144": budget(6144),
     "tokens_6144_rank_64": budget(6144, 64),
+    "tokens_8192": budget(8192),
+    "memory_efficient_linear": Row(zero_changes={"memory_efficient_linear": True}, cap=True),
+    "hooks_of_modules": Row(zero_changes={"leaf_module": None}, cap=True),
+    "saved_tensor_hooks": Row(non_reentrant=True, cap=True),
+    "prefetch_none": Row(zero_changes={"stage3_prefetch_bucket_size": 0}, cap=True),
 }
 
 
@@ -154,9 +168,22 @@ def prepare_one_document_a_row(*args) -> preflight.data.Packed:
 # --- one row ------------------------------------------------------------------------------------------
 
 
-def run_row(name: str, given: argparse.Namespace, model: Path, data_path: Path) -> dict:
-    """Runs the program for one row and returns what it measured, or its error."""
+@dataclass
+class Started:
+    """A row whose program runs, and waits before its ranks load the model until `gate` exists."""
+
+    name: str
+    pid: int
+    folder: Path
+    gate: Path
+    timed: slice  # of its steps
+
+
+def start_row(name: str, given: argparse.Namespace, model: Path, data_path: Path) -> Started:
+    """Starts the program for one row: preflight and imports, half of a row's time, can pass while another row
+    loads its model."""
     row, folder = ROWS[name], FOLDER / name
+    gate = folder / "gate"
     out, log = folder / "output", folder / "terminal.log"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -167,6 +194,8 @@ def run_row(name: str, given: argparse.Namespace, model: Path, data_path: Path) 
     zero = json.loads(Path(program.Arguments().deepspeed).read_text())
     if row.zero and not row.replicated:  # the program refuses a file without ZeRO-3: see child()
         zero["zero_optimization"] = row.zero
+    changed = zero["zero_optimization"] | row.zero_changes
+    zero["zero_optimization"] = {key: value for key, value in changed.items() if value is not None}
     write_json(folder / "zero.json", zero)
     flags = {
         "model_name_or_path": model,
@@ -196,19 +225,33 @@ def run_row(name: str, given: argparse.Namespace, model: Path, data_path: Path) 
         if row.replicated:
             program.read_zero_config = lambda path: read_zero_config(path) | {"zero_optimization": row.zero}
         steps = (flags["max_steps"], warmup + measured)
+
+        def rank_of_row(function: Callable[[int], int], rank: int) -> int:
+            observed_rank.prepare(rank, row.dtype, row.replicated, row.non_reentrant, steps, out)
+            while not gate.exists():
+                time.sleep(0.02)
+            return function(rank)
+
         program.run_ranks = lambda function, world_size, work_dir: ranks.run_ranks(
-            lambda rank: observed_rank.run(function, rank, row.dtype, row.replicated, steps, out),
-            world_size,
-            work_dir,
+            functools.partial(rank_of_row, function), world_size, work_dir
         )
         return program.main(argv)
 
+    pid = ranks.fork(child, folder / "error")
+    return Started(name, pid, folder, gate, slice(warmup, warmup + measured))
+
+
+def finish_row(started: Started) -> dict:
+    """Lets the row go on, and returns what it measured, or its error."""
+    row, folder = ROWS[started.name], started.folder
     began = time.monotonic()
-    code = wait(ranks.fork(child, folder / "error"))
-    base = {"row": name, "wall_s": time.monotonic() - began, "flags": row.flags, "zero": row.zero}
+    started.gate.touch()
+    code = wait(started.pid)
+    base = {"row": started.name, "wall_s": time.monotonic() - began, "flags": row.flags, "zero": row.zero}
+    base["zero_changes"] = row.zero_changes
     if code:
         return base | failure(folder, code)
-    result = base | columns(row, out, slice(warmup, warmup + measured))
+    result = base | columns(row, folder / "output", started.timed)
     beyond = result["kernels"] and result["kernels"]["not_on_volta"]
     if beyond and row.dtype == "fp16":
         result["error"] = f"kernels ran that Volta lacks: {', '.join(beyond)[:300]}"
@@ -334,8 +377,12 @@ def measure(given: argparse.Namespace) -> dict:
         "versions": preflight.versions(preflight.PACKAGES),
         "commit": commit(),
     }
-    for name in dict.fromkeys(["ours", *given.rows]):
-        row = run_row(name, given, model, data_path)
+    names = list(dict.fromkeys(["ours", *given.rows]))
+    following = start_row(names[0], given, model, data_path)
+    for upcoming in [*names[1:], None]:
+        current = following
+        following = start_row(upcoming, given, model, data_path) if upcoming else None
+        row = finish_row(current)
         result["rows"].append(row)
         result["hardware"] = row.get("gpu_name") or result["hardware"]
         if given.part:

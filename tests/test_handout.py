@@ -21,7 +21,7 @@ from workbench import UserError
 ASSIGNMENT = (ROOT / "handout" / "ASSIGNMENT.md").read_text()
 REGION = re.compile(r"# Problem (\d[a-z]): .*\n((?: *#.*\n)*)((?s:.*?)) *# End of problem \1\n")
 SOURCES = ("deepspeed/lora_sft/arguments.py", "deepspeed/lora_sft/lora.py", "sglang/batch_infer/engine.py")
-HIDDEN = ("1000000", "205000000", "610000000", "410000000", "50000000", "LlamaDecoderLayer")
+HIDDEN = ("1000000", "202375168", "610000000", "410000000", "50000000", "LlamaDecoderLayer")
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +115,10 @@ def test_a_folder_that_is_no_handout_is_left_alone(capsys):
 
 
 def test_a_leak_is_found():
-    solution = ["result = await anext(stream)", "205000000"]
+    solution = ["result = await anext(stream)", "202375168"]
     assert make_handout.leaks({"a.py": b"    result = await anext(stream)\n"}, solution)
-    assert make_handout.leaks({"a.md": b"about 205,000,000 elements"}, solution)
-    assert not make_handout.leaks({"a.md": b"2050000000 and anext(stream)"}, solution)
+    assert make_handout.leaks({"a.md": b"about 202,375,168 elements"}, solution)
+    assert not make_handout.leaks({"a.md": b"2023751680 and anext(stream)"}, solution)
 
 
 def test_a_file_with_a_solutions_value_stops_it(monkeypatch):

@@ -3,10 +3,11 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from harness import ROOT
-from lora_sft import UserError, preflight
+from lora_sft import UserError, data, preflight
 from lora_sft.arguments import Arguments, read_zero_config
 from workbench import machine
 
@@ -26,10 +27,10 @@ def llama_parameters(config: dict) -> dict[str, int]:
     return sizes
 
 
-def predicted(args: Arguments, world_size: int = 2) -> dict[str, float]:
+def predicted(args: Arguments, world_size: int = 2, answer_share: float = 1.0) -> dict[str, float]:
     h, i, r = 4096, 11008, args.lora_r
     lora = [r * h, h * r] * 4 + [r * h, i * r] * 2 + [r * i, h * r]
-    plan = {"dtype": "fp16", "world_size": world_size}
+    plan = {"dtype": "fp16", "world_size": world_size, "answer_share": answer_share}
     return preflight.predict_memory(LLAMA_2_7B, llama_parameters(LLAMA_2_7B), lora * 32, args, plan, ZERO)
 
 
@@ -39,7 +40,7 @@ def test_llama_2_7b_has_its_published_size():
 
 @pytest.mark.parametrize(("tokens", "measured_gib"), [(4096, 13.96), (2048, 11.23)])
 def test_predicted_peak_agrees_with_the_measured_one(tokens, measured_gib):
-    """Measured with the real command on 2 H200s, random weights of Llama-2-7B's shape, fp16."""
+    """Measured with the real command on 2 H200s, random weights of Llama-2-7B's shape, fp16, logits everywhere."""
     parts = predicted(replace(Arguments(), tokens_per_micro_batch=tokens))
     assert sum(parts.values()) == pytest.approx(measured_gib, rel=0.03)
 
@@ -47,11 +48,28 @@ def test_predicted_peak_agrees_with_the_measured_one(tokens, measured_gib):
 def test_predicted_parts():
     parts = predicted(Arguments())
     assert parts["weight shard"] == pytest.approx(6_738_415_616 / 2**30)  # 2 bytes over 2 GPUs
-    assert parts["checkpointed inputs"] == pytest.approx(1.0)  # 32 layers x 4,096 tokens x 4,096 x 2 bytes
+    assert parts["checkpointed inputs"] == pytest.approx(1.5)  # 32 layers x 6,144 tokens x 4,096 x 2 bytes
+    quarter = predicted(Arguments(), answer_share=0.25)
+    assert quarter["logits and loss"] == pytest.approx(parts["logits and loss"] / 4)
     assert predicted(Arguments(), 4)["weight shard"] == pytest.approx(parts["weight shard"] / 2)
     assert predicted(replace(Arguments(), lora_r=64))["LoRA states"] == pytest.approx(
         4 * parts["LoRA states"], rel=0.3
     )
+
+
+def test_matrices_that_autograd_keeps_are_counted():
+    args = replace(Arguments(), gradient_checkpointing=False)
+    assert predicted(args)["gathered layers"] == pytest.approx(6_738_415_616 * 2 / 2**30)
+    assert predicted(Arguments())["gathered layers"] < 2
+
+
+def test_the_likely_most_answer_tokens_of_a_micro_batch():
+    labels = np.full((100, 10), data.IGNORE, np.int32)
+    labels[:10, :] = 1  # a tenth of the rows is all answer
+    packed = data.Packed(labels, labels, labels, np.full(100, 10))
+    assert packed.largest_answer_share(1) == 1.0
+    assert packed.largest_answer_share(25) == pytest.approx(0.1 + 3 * 0.3 / 5)
+    assert packed.largest_answer_share(100) == pytest.approx(0.1)
 
 
 def test_what_does_not_fit_names_the_flag():

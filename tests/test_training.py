@@ -118,7 +118,8 @@ def test_adapter_equals_one_process(two_ranks, one_process, scratch):
     assert set(ours) == set(reference)
     assert len(ours) == 4 * 7 * 2  # layers x linear modules x (A, B)
     for name in ours:
-        assert (ours[name] - reference[name]).abs().max().item() < 1e-4, name
+        # By norm: where a gradient is almost zero, Adam turns its rounding into a whole step of one element.
+        assert (ours[name] - reference[name]).norm() < 1e-3 * reference[name].norm(), name
 
 
 def test_gradient_accumulation_equals_a_larger_micro_batch(start, parity_flags, one_process, tmp_path):
@@ -297,6 +298,46 @@ def test_a_model_that_sees_other_documents_is_refused(start, quick, tmp_path):
     code, text = start(*quick, "--output_dir", tmp_path / "out", patch=break_packing).wait()
     assert code == 2
     assert "packing self-test: packed documents see each other" in text
+
+
+def test_logits_of_answers_only_give_the_whole_loss(libraries, tiny_model, tokenizer, scratch):
+    """The loss and the gradient of what is computed in training equal those of all logits; a micro-batch
+    without any answer has the loss 0 and a backward pass all the same."""
+    from lora_sft import data, training
+
+    def compare() -> int:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        rows = data.read_file(ROOT / "rehearsal" / "preferences.jsonl")[:12]
+        packed = data.pack(data.tokenise(rows, tokenizer, 192)[0], 192, 0)
+        batch = training.to_device(packed, slice(0, 3), torch.device("cpu"))
+
+        def loss_and_gradient(labels, **more):
+            model.zero_grad()
+            output = model(**batch | {"labels": labels}, **more, num_items_in_batch=100, use_cache=False)
+            output.loss.backward()
+            return output.loss.item(), model.model.layers[0].mlp.up_proj.weight.grad.clone(), output.logits
+
+        loss, gradient, logits = loss_and_gradient(batch["labels"])
+        assert logits.shape[:2] == batch["labels"].shape
+        for labels in (batch["labels"], torch.full_like(batch["labels"], data.IGNORE)):
+            with training.answers_only(model, labels) as shift_labels:
+                found, its_gradient, logits = loss_and_gradient(labels, shift_labels=shift_labels)
+            answers = int((labels[:, 1:] != data.IGNORE).sum())
+            assert logits.shape[:2] == shift_labels.shape == (1, answers)
+            if answers:
+                assert abs(found - loss) < 1e-5 * loss
+                assert (its_gradient - gradient).norm() < 1e-5 * gradient.norm()
+            else:
+                assert found == 0
+                assert not its_gradient.any()
+        assert model(**batch).logits.shape[:2] == batch["labels"].shape  # the hook is gone
+        return 0
+
+    code, text = fork(compare, scratch / "answers.txt").wait()
+    assert code == 0, text
 
 
 def test_packed_loss_equals_separate_documents(libraries, tiny_model, tokenizer, scratch):

@@ -83,6 +83,13 @@ class Packed:
     def trained_tokens(self) -> int:
         return int((self.labels != IGNORE).sum())
 
+    def largest_answer_share(self, rows_per_micro_batch: int) -> float:
+        """Share of a micro-batch's positions with a label that hardly any micro-batch of a run exceeds: the mean of
+        so many random rows and three standard deviations, and no more than the fullest rows have."""
+        counts = np.sort((self.labels != IGNORE).sum(axis=1))[::-1]
+        likely = counts.mean() + 3 * counts.std() / rows_per_micro_batch**0.5
+        return float(min(likely, counts[:rows_per_micro_batch].mean()) / self.labels.shape[1])
+
     def report(self) -> dict:
         """Shares and counts for summary.json. Shares are of all positions, filler rows included."""
         positions = self.input_ids.size

@@ -258,7 +258,9 @@ def predict_memory(
 
     Bytes per token of a layer are those of Llama with LoRA on every linear layer, where dropout copies each
     adapter's input; 20 bytes per logit are the half-precision logits, their fp32 copy, log-softmax and both
-    gradients. A test holds the prediction to 3 % of what 2 H200s measured (Llama-2-7B's shape, fp16).
+    gradients, and `answer_share` of a micro-batch's positions have logits. Without checkpointing and without
+    ZeRO-3's memory-efficient linear layers autograd keeps every gathered matrix until its backward pass. A test
+    holds the prediction to what 2 GPUs measured (Llama-2-7B's shape, fp16).
     """
     size = 4 if plan["dtype"] == "fp32" else 2
     world, tokens = plan["world_size"], args.tokens_per_micro_batch
@@ -270,6 +272,8 @@ def predict_memory(
     layer = sum(n for name, n in base.items() if ".layers.0." in name) + lora_total / layers
     outside = sum(n for name, n in base.items() if ".layers." not in name)  # embedding and head
     reused = max(zero.get("stage3_max_live_parameters", 1e9), zero.get("stage3_max_reuse_distance", 1e9), layer)
+    if not args.gradient_checkpointing and not zero.get("memory_efficient_linear", True):
+        reused = base_total
     dropout = 3 if args.lora_dropout else 0  # a copy and a one-byte mask of every adapter's input
     per_token = (16 * hidden + 6 * inner) * size + (6 * hidden + inner) * dropout
     checkpointed = layers * hidden * size if args.gradient_checkpointing else 0
@@ -280,7 +284,7 @@ def predict_memory(
         "reduce bucket": min(zero.get("reduce_bucket_size", 5e8), lora_total) * size,
         "checkpointed inputs": checkpointed * tokens,
         "layer activations": tokens * per_token * (1 if args.gradient_checkpointing else layers),
-        "logits and loss": tokens * vocab * 20,
+        "logits and loss": tokens * plan["answer_share"] * vocab * 20,
     }
     parts["allocator slack"] = 0.05 * sum(parts.values())
     return {name: value / GIB for name, value in parts.items()}
@@ -409,13 +413,12 @@ def run(args: Arguments, zero_config: dict, work_dir: Path) -> int:
         table.row("PASS", "precision", f"{plan['dtype']}: {plan['dtype_reason']}")
     model = table.check("model", lambda: look_at_model(args, plan))
     table.check("data", lambda: look_at_data(args, plan, rows))
-    if gpus and model and table.check("LoRA", lambda: look_at_lora(args, plan, zero_config)):
+    tokens = gpus and model and rows and table.check("tokens", lambda: tokenise(args, plan, rows, work_dir))
+    if tokens and table.check("LoRA", lambda: look_at_lora(args, plan, zero_config)):
         table.check("GPU memory", lambda: judge_memory(args, plan))
         table.check("host memory", lambda: look_at_host_memory(plan))
         table.check("disk", lambda: look_at_disk(args, plan))
-    if gpus and model and rows:
-        table.check("tokens", lambda: tokenise(args, plan, rows, work_dir))
-    elif not args.download_only:
+    elif not tokens and not args.download_only:
         table.row("SKIP", "the rest", "needs what failed above")
     if table.first_failure:
         raise UserError(table.first_failure)
@@ -424,7 +427,7 @@ def run(args: Arguments, zero_config: dict, work_dir: Path) -> int:
 
 
 def tokenise(args: Arguments, plan: dict, rows: dict, work_dir: Path) -> str:
-    """Rows -> train.npz and eval.npz in `work_dir`. Fills plan: train, eval (reports)."""
+    """Rows -> train.npz and eval.npz in `work_dir`. Fills plan: train, eval (reports), answer_share."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(plan["model_folder"])
@@ -434,6 +437,8 @@ def tokenise(args: Arguments, plan: dict, rows: dict, work_dir: Path) -> str:
         packed = data.prepare(rows[split], tokenizer, args.max_seq_len, multiple, split)
         packed.save(work_dir / f"{split}.npz")
         plan[split] = packed.report()
+        if split == "train":
+            plan["answer_share"] = packed.largest_answer_share(args.rows_per_micro_batch)
     report = plan["train"]
     skipped = sum(value for key, value in report.items() if key.startswith("skipped_"))
     return (

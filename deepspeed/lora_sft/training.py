@@ -8,6 +8,8 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
@@ -86,7 +88,8 @@ def training_arguments(args: Arguments, plan: dict, **extra) -> TrainingArgument
         max_grad_norm=args.max_grad_norm,
         optim="adamw_torch",
         gradient_checkpointing=args.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        # Reentrant: the other kind passes every saved tensor through two Python hooks, 8,000 a micro-batch.
+        gradient_checkpointing_kwargs={"use_reentrant": True},
         fp16=plan["dtype"] == "fp16",
         bf16=plan["dtype"] == "bf16",
         seed=args.seed,
@@ -131,6 +134,25 @@ def logits_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.T
     return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
 
 
+@contextmanager
+def answers_only(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[torch.Tensor]:
+    """While it lasts, `model` computes logits only where the next token has a label: [1, N, V] instead of
+    [B, S, V]. The loss needs no others, and with rm-static N is about a quarter of B x S. Yields these next
+    tokens [1, N], which transformers takes as `shift_labels`."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+    positions = (targets != IGNORE).nonzero().squeeze(1)
+
+    def select(_module, inputs):
+        return (inputs[0].flatten(0, 1).index_select(0, positions)[None],)
+
+    head = getattr(model, "module", model).get_output_embeddings()
+    handle = head.register_forward_pre_hook(select, prepend=True)  # before ZeRO-3's own
+    try:
+        yield targets[positions][None]
+    finally:
+        handle.remove()
+
+
 @torch.no_grad()
 def packing_self_test(model: torch.nn.Module, vocab_size: int, device: torch.device) -> float:
     """Compares a document's logits packed behind another one with those alone; returns the relative error.
@@ -171,10 +193,10 @@ def evaluate(model: torch.nn.Module, packed: Packed, rows_per_micro_batch: int, 
     starts = range(rank * rows_per_micro_batch, len(packed), world_size * rows_per_micro_batch)
     for start in tqdm(starts, desc="evaluating", unit="micro-batch", leave=False, disable=rank != 0):
         batch = to_device(packed, slice(start, start + rows_per_micro_batch), device)
-        logits, targets = logits_of(model, batch)[:, :-1], batch["labels"][:, 1:]
-        answer = targets != IGNORE
-        total[0] += F.cross_entropy(logits[answer].float(), targets[answer], reduction="sum").double()
-        total[1] += answer.sum()
+        with answers_only(model, batch["labels"]) as targets:
+            logits = logits_of(model, batch)
+        total[0] += F.cross_entropy(logits[0].float(), targets[0], reduction="sum").double()
+        total[1] += targets.numel()
     if world_size > 1:
         dist.all_reduce(total)
     model.train()
@@ -202,7 +224,9 @@ class PackedTrainer(Trainer):
                 f"{sorted(inputs)}: with an attention_mask packed documents would see each other"
             )
         self.last_micro_batch = inputs
-        loss = super().training_step(model, {**inputs, "use_cache": False}, num_items_in_batch)
+        with answers_only(model, inputs["labels"]) as shift_labels:
+            inputs = {**inputs, "shift_labels": shift_labels, "use_cache": False}
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.nonfinite_loss |= not torch.isfinite(loss).item()
         return loss
 
@@ -394,7 +418,8 @@ def first_nonfinite_gradient(engine: torch.nn.Module, micro_batch: dict[str, tor
         return hook
 
     hooks = [p.register_hook(watch(name)) for name, p in engine.module.named_parameters() if p.requires_grad]
-    engine.backward(engine(**micro_batch, use_cache=False).loss)
+    with answers_only(engine, micro_batch["labels"]) as shift_labels:
+        engine.backward(engine(**micro_batch, shift_labels=shift_labels, use_cache=False).loss)
     for hook in hooks:
         hook.remove()
     return first_of_all_ranks(found)
