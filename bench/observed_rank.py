@@ -13,9 +13,7 @@ OBSERVED = "observed.json"
 NOT_ON_VOLTA = ("flash", "cudnn", "triton")  # in names of kernels; those of matrix products have none of them
 
 
-def prepare(
-    rank: int, dtype: str, replicated: bool, non_reentrant: bool, steps: tuple[int, int], out: Path
-) -> None:
+def prepare(rank: int, dtype: str, replicated: bool, steps: tuple[int, int], out: Path) -> None:
     """Imports what a rank of the program does, gives it the kernels of `dtype` and what this row changes, and has
     it watched. `steps`: how many it has, and how many of them before rank 0's kernels are recorded. Rank 0 will
     leave OBSERVED in `out`."""
@@ -37,15 +35,6 @@ def prepare(
         deepspeed.runtime.engine.FusedAdam = torch.optim.AdamW
         # The check writes into rank 0's adapter and leaves it to ZeRO to tell the others.
         training.adapter.check = lambda *_: "not checked: the weights are not partitioned"
-    if non_reentrant:
-        arguments = training.training_arguments
-
-        def with_saved_tensor_hooks(*args, **kwargs):
-            made = arguments(*args, **kwargs)
-            made.gradient_checkpointing_kwargs = {"use_reentrant": False}
-            return made
-
-        training.training_arguments = with_saved_tensor_hooks
     observe(training, steps, out if rank == 0 else None, cuda)
 
 

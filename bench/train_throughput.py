@@ -22,9 +22,9 @@ rows:
     ours_1gpu_nocap, ours_2gpu_nocap         the same tokens per GPU
     tokens_2048, tokens_2048_rank_64, tokens_4096, tokens_4096_rank_64, tokens_6144_rank_64, tokens_8192
                       `ours` at other token budgets and LoRA ranks, without the cap: is the predicted peak right?
-    memory_efficient_linear, hooks_of_modules, saved_tensor_hooks, prefetch_none
+    memory_efficient_linear, hooks_of_modules, prefetch_none
                       `ours` without one of its levers: DeepSpeed's own linear function, a gather for every linear
-                      layer, non-reentrant checkpointing, no layer gathered ahead
+                      layer, no layer gathered ahead
 
 Rates count real tokens (`real_share` of the data's positions are not padding) and use the median step after 4
 micro-batches of warm-up. Of the last two steps, outside those, rank 0's kernels are recorded.
@@ -92,7 +92,6 @@ class Row:
     zero_changes: dict = field(default_factory=dict)  # None: without this key
     cap: bool = False
     one_document_a_row: bool = False
-    non_reentrant: bool = False
 
     @property
     def replicated(self) -> bool:
@@ -121,7 +120,6 @@ ROWS = {
     "tokens_8192": budget(8192),
     "memory_efficient_linear": Row(zero_changes={"memory_efficient_linear": True}, cap=True),
     "hooks_of_modules": Row(zero_changes={"leaf_module": None}, cap=True),
-    "saved_tensor_hooks": Row(non_reentrant=True, cap=True),
     "prefetch_none": Row(zero_changes={"stage3_prefetch_bucket_size": 0}, cap=True),
 }
 
@@ -227,7 +225,7 @@ def start_row(name: str, given: argparse.Namespace, model: Path, data_path: Path
         steps = (flags["max_steps"], warmup + measured)
 
         def rank_of_row(function: Callable[[int], int], rank: int) -> int:
-            observed_rank.prepare(rank, row.dtype, row.replicated, row.non_reentrant, steps, out)
+            observed_rank.prepare(rank, row.dtype, row.replicated, steps, out)
             while not gate.exists():
                 time.sleep(0.02)
             return function(rank)

@@ -143,7 +143,8 @@ def test_parity_with_resident_layers_and_separate_hooks(start, parity_flags, one
 
 
 def test_weights_are_partitioned_and_gathered_per_layer(start, quick, tmp_path):
-    """At rest base and LoRA matrices hold nothing on a rank; a decoder layer is gathered as one unit."""
+    """At rest base and LoRA matrices hold nothing on a rank; a decoder layer is gathered as one unit; in forward and
+    backward passes no more than two are whole (and the embedding or the head)."""
     seen = tmp_path / "seen.json"
 
     def observe():
@@ -155,12 +156,29 @@ def test_weights_are_partitioned_and_gathered_per_layer(start, quick, tmp_path):
         from lora_sft import training
 
         begin, fetch = training.RunCallback.on_train_begin, PartitionedParameterCoordinator.fetch_sub_module
+        step_begin, step_end = training.RunCallback.on_step_begin, training.RunCallback.on_step_end
         fetched: list[str] = []
+        base: list = []
+        whole: list[list[int]] = []  # elements of the base that are whole, by step and fetch
 
         def counting_fetch(self, module, forward):
             if forward:
                 fetched.append(type(module).__name__)
-            return fetch(self, module, forward)
+            result = fetch(self, module, forward)
+            if whole:
+                whole[-1].append(sum(p.numel() for p in base))
+            return result
+
+        def on_step_begin(self, *args, **kwargs):
+            model = self.trainer.model_wrapped.module
+            base[:] = [p for p in model.parameters() if not p.requires_grad and not p.ds_persist]
+            whole.append([])
+            step_begin(self, *args, **kwargs)
+
+        def on_step_end(self, *args, **kwargs):
+            if os.environ["RANK"] == "0":
+                seen.write_text(json.dumps(json.loads(seen.read_text()) | {"whole": whole}))
+            step_end(self, *args, **kwargs)
 
         def on_train_begin(self, *args, **kwargs):
             model = self.trainer.model_wrapped.module
@@ -175,8 +193,26 @@ def test_weights_are_partitioned_and_gathered_per_layer(start, quick, tmp_path):
 
         PartitionedParameterCoordinator.fetch_sub_module = counting_fetch
         training.RunCallback.on_train_begin = on_train_begin
+        training.RunCallback.on_step_begin, training.RunCallback.on_step_end = on_step_begin, on_step_end
 
-    code, text = start(*quick, "--max_steps", "1", "--output_dir", tmp_path / "out", patch=observe).wait()
+    config = json.loads((ROOT / "deepspeed" / "zero3.json").read_text())
+    layer = 4 * 128 * 128 + 3 * 128 * 384  # elements of the tiny model's matrices
+    config["zero_optimization"] |= {
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_live_parameters": 3 * layer,
+    }
+    config["zero_optimization"]["stage3_max_reuse_distance"] = 2 * layer
+    (tmp_path / "zero.json").write_text(json.dumps(config))
+    flags = [
+        *quick,
+        "--max_steps",
+        "4",
+        "--deepspeed",
+        tmp_path / "zero.json",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    code, text = start(*flags, patch=observe).wait()
     assert code == 0, text
     assert "stage3_param_persistence_threshold 1,000,000 scaled to 976" in text
     result = json.loads(seen.read_text())
@@ -191,6 +227,10 @@ def test_weights_are_partitioned_and_gathered_per_layer(start, quick, tmp_path):
     assert fetched.count("LlamaDecoderLayer") == 4 * forwards
     assert "LlamaMLP" not in fetched
     assert "LlamaAttention" not in fetched
+    assert len(result["whole"]) == 4
+    head = next(state[1] for name, state in result["at_rest"].items() if "lm_head" in name)
+    for counts in result["whole"]:  # the first ones only record the order in which layers are needed
+        assert max(layer, head) <= max(counts) <= 2 * layer + head, counts
 
 
 def test_artefacts_follow_the_contract(two_ranks):

@@ -88,8 +88,9 @@ def training_arguments(args: Arguments, plan: dict, **extra) -> TrainingArgument
         max_grad_norm=args.max_grad_norm,
         optim="adamw_torch",
         gradient_checkpointing=args.gradient_checkpointing,
-        # Reentrant: the other kind passes every saved tensor through two Python hooks, 8,000 a micro-batch.
-        gradient_checkpointing_kwargs={"use_reentrant": True},
+        # The reentrant kind takes less host time, but DeepSpeed 0.19.8 then books a layer's frozen weights on a module
+        # around it, and at the end of the backward pass the whole model is gathered.
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         fp16=plan["dtype"] == "fp16",
         bf16=plan["dtype"] == "bf16",
         seed=args.seed,
@@ -516,6 +517,7 @@ def _train(args, plan, work_dir, stop, folder, started_s) -> int:
 
     engine = trainer.model_wrapped
     eval_loss_after = evaluate(engine, eval_rows, args.rows_per_micro_batch, hf_args.device)
+    engine.empty_partition_cache()  # of what a next pass would need first, some is already being gathered
     trainer.save_model()
     dist.barrier()  # rank 0 writes, every rank reads
     # The first step of a warm-up has learning rate 0.
