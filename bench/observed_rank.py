@@ -1,5 +1,6 @@
 """What train_throughput.py does inside each rank of the program: a row's kernels, and what is counted there."""
 
+import collections
 import functools
 import json
 import os
@@ -13,7 +14,9 @@ OBSERVED = "observed.json"
 NOT_ON_VOLTA = ("flash", "cudnn", "triton")  # in names of kernels; those of matrix products have none of them
 
 
-def prepare(rank: int, dtype: str, replicated: bool, steps: tuple[int, int], out: Path) -> None:
+def prepare(
+    rank: int, dtype: str, replicated: bool, layers_ahead: int, steps: tuple[int, int], out: Path
+) -> None:
     """Imports what a rank of the program does, gives it the kernels of `dtype` and what this row changes, and has
     it watched. `steps`: how many it has, and how many of them before rank 0's kernels are recorded. Rank 0 will
     leave OBSERVED in `out`."""
@@ -33,9 +36,50 @@ def prepare(rank: int, dtype: str, replicated: bool, steps: tuple[int, int], out
 
         # DeepSpeed updates one flat tensor for the optimizers that it takes for fused, else hundreds one by one.
         deepspeed.runtime.engine.FusedAdam = torch.optim.AdamW
+        scale_the_loss(deepspeed.runtime.engine.DeepSpeedEngine)
         # The check writes into rank 0's adapter and leaves it to ZeRO to tell the others.
         training.adapter.check = lambda *_: "not checked: the weights are not partitioned"
+    if layers_ahead and cuda:
+        load_model = training.load_model
+
+        def load_and_pace(*args):
+            model = load_model(*args)
+            pace(model, layers_ahead)
+            return model
+
+        training.load_model = load_and_pace
     observe(training, steps, out if rank == 0 else None, cuda)
+
+
+def pace(model, layers_ahead: int) -> None:
+    """Keeps the host at most so many decoder layers ahead of the GPU. Gathered weights that it has released cannot be
+    used again before the GPU is done with them: far ahead, the allocator takes new memory for every layer."""
+    import torch
+
+    reached: collections.deque = collections.deque()
+
+    def wait(*_) -> None:
+        event = torch.cuda.Event()
+        event.record()
+        reached.append(event)
+        if len(reached) > layers_ahead:
+            reached.popleft().synchronize()
+
+    for module in model.modules():
+        if type(module).__name__.endswith("DecoderLayer"):
+            module.register_forward_pre_hook(wait)
+
+
+def scale_the_loss(engine_class: type) -> None:
+    """DeepSpeed 0.19.8 unscales fp16 gradients without ZeRO, too, but scales the loss for its ZeRO optimizers only."""
+    backward = engine_class.backward
+
+    @functools.wraps(backward)
+    def scaled(engine, loss, *args, **kwargs):
+        scaler = getattr(engine.optimizer, "loss_scale_config", None)
+        return backward(engine, loss * scaler.cur_scale if scaler else loss, *args, **kwargs)
+
+    engine_class.backward = scaled
 
 
 def observe(training, steps: tuple[int, int], out: Path | None, cuda: bool) -> None:

@@ -39,18 +39,29 @@ def test_llama_2_7b_has_its_published_size():
 
 
 @pytest.mark.parametrize(("tokens", "measured_gib"), [(4096, 13.96), (2048, 11.23)])
-def test_predicted_peak_agrees_with_the_measured_one(tokens, measured_gib):
+def test_predicted_peak_agrees_with_the_reserved_one(tokens, measured_gib):
     """Measured with the real command on 2 H200s, random weights of Llama-2-7B's shape, fp16, logits everywhere."""
     parts = predicted(replace(Arguments(), tokens_per_micro_batch=tokens))
-    assert sum(parts.values()) == pytest.approx(measured_gib, rel=0.03)
+    assert sum(parts.values()) == pytest.approx(measured_gib, rel=0.05)
+
+
+@pytest.mark.parametrize(("world_size", "measured_gib"), [(2, 11.59), (1, 16.60)])
+def test_predicted_parts_agree_with_the_allocated_peak(world_size, measured_gib):
+    """Of bench/train_throughput.py's rows `ours` and `ours_1gpu_nocap` on H100s: what was allocated, not what
+    the allocator kept besides."""
+    parts = predicted(replace(Arguments(), tokens_per_micro_batch=6144), world_size, answer_share=0.3)
+    assert sum(parts.values()) - parts["allocator slack"] == pytest.approx(measured_gib, rel=0.03)
 
 
 def test_predicted_parts():
     parts = predicted(Arguments())
     assert parts["weight shard"] == pytest.approx(6_738_415_616 / 2**30)  # 2 bytes over 2 GPUs
     assert parts["checkpointed inputs"] == pytest.approx(1.5)  # 32 layers x 6,144 tokens x 4,096 x 2 bytes
-    quarter = predicted(Arguments(), answer_share=0.25)
-    assert quarter["logits and loss"] == pytest.approx(parts["logits and loss"] / 4)
+    logits = 6144 * 32000 * 20 / 2**30
+    assert parts["logits and loss"] == pytest.approx(logits - parts["layer activations"])
+    assert predicted(Arguments(), answer_share=0.25)["logits and loss"] == 0  # a layer takes more, later
+    everything = predicted(replace(Arguments(), gradient_checkpointing=False), answer_share=0.25)
+    assert everything["logits and loss"] == pytest.approx(logits / 4)
     assert predicted(Arguments(), 4)["weight shard"] == pytest.approx(parts["weight shard"] / 2)
     assert predicted(replace(Arguments(), lora_r=64))["LoRA states"] == pytest.approx(
         4 * parts["LoRA states"], rel=0.3

@@ -90,9 +90,8 @@ def check(engine, folder: Path, batch: dict[str, torch.Tensor], learning: bool =
 
 def overwrite(engine, tensors: dict[str, torch.Tensor]) -> None:
     """Writes `tensors` (names of the saved file) into the live adapter. Collective."""
-    for name, parameter in engine.module.named_parameters():
-        if "lora_" not in name:
-            continue
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if dist.get_rank() == 0:
+    adapter = {name: p for name, p in engine.module.named_parameters() if "lora_" in name}
+    with deepspeed.zero.GatheredParameters(list(adapter.values()), modifier_rank=0):
+        if dist.get_rank() == 0:
+            for name, parameter in adapter.items():
                 parameter.copy_(tensors[name.replace(".default.", ".")])
