@@ -25,6 +25,7 @@ os.environ |= {
     "SGLANG_PLATFORM": "plain_cpu",
     "RUNTIME_PLUGINS": "cpu",
     "TORCHDYNAMO_DISABLE": "1",
+    "TRITON_INTERPRET": "1",  # Triton decides when it is imported
     "TORCH_LOGS": "-torch.utils.cpp_extension",
 }
 for name in ("STOP_FILE", "GPU_MEMORY_CAP_GIB", "SLURM_JOB_END_TIME"):

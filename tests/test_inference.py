@@ -62,6 +62,39 @@ def uninterrupted(run_inference, flags, tmp_path_factory) -> Path:
 # --- files and what people see ------------------------------------------------------------------------
 
 
+def test_the_gpus_sampler_draws_the_tokens(run_inference, few, tmp_path):
+    """lean_sampler in the Runtime, its kernel run by Triton's interpreter: every token of a reproducible run is its
+    own, and the files are the same with 1 and 8 running."""
+    drawn = tmp_path / "drawn"
+
+    def with_lean_sampler():
+        from batch_infer import engine
+        from runtime_plugins import seeded_top_p
+
+        environment, draw = engine.environment, seeded_top_p.seeded_top_p
+
+        def counting(*given):
+            tokens = draw(*given)
+            with drawn.open("a") as out:
+                out.write("\n" * len(tokens))
+            return tokens
+
+        seeded_top_p.seeded_top_p = counting
+        engine.environment = lambda args: environment(args) | {"RUNTIME_PLUGINS": "cpu,lean_sampler"}
+
+    found = []
+    for running in (1, 8):
+        out = tmp_path / f"{running}"
+        flags = ["--prompts", few, "--max_new_tokens", 8, "--max_running_requests", running]
+        code, text = run_inference(
+            *flags, "--output_file", out / "outputs.jsonl", patch=with_lean_sampler
+        ).wait()
+        assert code == 0, text
+        found.append(results(out))
+        assert len(drawn.read_text()) >= summary_of(out)["output_tokens"] * len(found)
+    assert found[0] == found[1]
+
+
 def test_files_keep_the_contract(uninterrupted, few):
     instructions = [row["instruction"] for row in json.loads(few.read_text())]
     rows = [json.loads(line) for line in (uninterrupted / "outputs.jsonl").read_text().splitlines()]
