@@ -11,6 +11,7 @@ from pathlib import Path
 from workbench.files import write_json
 
 OBSERVED = "observed.json"
+TIMED = "timed"  # this file: the last step is over
 NOT_ON_VOLTA = ("flash", "cudnn", "triton")  # in names of kernels; those of matrix products have none of them
 
 
@@ -134,6 +135,8 @@ def observe(training, steps: tuple[int, int], out: Path | None, cuda: bool) -> N
                     torch.cuda.synchronize()
                     window_s = time.perf_counter() - self.recording_s
                     self.profiler.stop()
+                (out / TIMED).touch()
+                if cuda:
                     self.profiler.export_chrome_trace(str(out / "trace.json"))
                     trace = json.loads((out / "trace.json").read_text(errors="replace"), strict=False)
                     (out / "trace.json").unlink()

@@ -430,7 +430,8 @@ def merge(parts: list[dict]) -> dict:
             ratios["transformers"] = rows["transformers"] / rows["fast_on_the_same"]
         if part.get("roofline_s"):
             ratios["roofline"] = rows["fast"] / part["roofline_s"]
-            ratios["kernel_floor"] = part["kernel_floor_s"] / rows["fast"]
+            if part.get("kernel_floor_s"):
+                ratios["kernel_floor"] = rows["fast"] / part["kernel_floor_s"]
             if "default" in rows:
                 ratios["roofline_of_default"] = rows["default"] / part["roofline_s"]
         merged["ratios"].setdefault(kind, []).append(ratios)

@@ -185,8 +185,8 @@ class Started:
 
 
 def start_row(name: str, given: argparse.Namespace, model: Path, data_path: Path) -> Started:
-    """Starts the program for one row: preflight and imports, half of a row's time, can pass while another row
-    loads its model."""
+    """Starts the program for one row: its preflight and imports, half of a row's time, pass while the row before
+    it, whose steps are over, evaluates, saves and checks."""
     row, folder = ROWS[name], FOLDER / name
     gate = folder / "gate"
     out, log = folder / "output", folder / "terminal.log"
@@ -246,12 +246,13 @@ def start_row(name: str, given: argparse.Namespace, model: Path, data_path: Path
     return Started(name, pid, folder, gate, slice(warmup, warmup + measured))
 
 
-def finish_row(started: Started) -> dict:
-    """Lets the row go on, and returns what it measured, or its error."""
+def finish_row(started: Started, when_timed: Callable[[], None]) -> dict:
+    """Lets the row go on, and returns what it measured, or its error. Calls `when_timed` once its last step is
+    over."""
     row, folder = ROWS[started.name], started.folder
     began = time.monotonic()
     started.gate.touch()
-    code = wait(started.pid)
+    code = wait(started.pid, folder / "output" / observed_rank.TIMED, when_timed)
     base = {"row": started.name, "wall_s": time.monotonic() - began, "flags": row.flags, "zero": row.zero}
     base["zero_changes"] = row.zero_changes
     if code:
@@ -263,11 +264,15 @@ def finish_row(started: Started) -> dict:
     return result
 
 
-def wait(pid: int) -> int:
-    """Exit code of a forked process, or TIMED_OUT: then it was killed, and its ranks with it."""
+def wait(pid: int, mark: Path | None = None, when_marked: Callable[[], None] | None = None) -> int:
+    """Exit code of a forked process, or TIMED_OUT: then it was killed, and its ranks with it. `when_marked` is called
+    once, when the file `mark` is there or the process has ended."""
     deadline = time.monotonic() + ROW_TIMEOUT_S
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
+        if when_marked and (ended or mark.exists() or time.monotonic() > deadline):
+            when_marked()
+            when_marked = None
         if ended:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > deadline:
@@ -383,11 +388,14 @@ def measure(given: argparse.Namespace) -> dict:
         "commit": commit(),
     }
     names = list(dict.fromkeys(["ours", *given.rows]))
-    following = start_row(names[0], given, model, data_path)
-    for upcoming in [*names[1:], None]:
-        current = following
-        following = start_row(upcoming, given, model, data_path) if upcoming else None
-        row = finish_row(current)
+    started = [start_row(names[0], given, model, data_path)]
+
+    def start_next() -> None:
+        if len(started) < len(names):
+            started.append(start_row(names[len(started)], given, model, data_path))
+
+    for number in range(len(names)):
+        row = finish_row(started[number], start_next)
         result["rows"].append(row)
         result["hardware"] = row.get("gpu_name") or result["hardware"]
         if given.part:

@@ -15,6 +15,8 @@ from harness import ROOT, Process, fork
 # current folder on the path).
 sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != ROOT]
 
+# What a test that needs a GPU gives its own process: there are none in this one.
+os.environ.setdefault("GPUS_FOR_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 os.environ |= {
     "CUDA_VISIBLE_DEVICES": "",
     "DS_ACCELERATOR": "cpu",

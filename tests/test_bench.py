@@ -72,7 +72,7 @@ def test_ratios_stay_within_a_command():
     assert merged["dp2_scaling"] == 2.0
     assert merged["ratio_vs_defaults"] is None
     assert merged["ratios"]["reference_drawn"] == [
-        {"fast": 1.0, "batches_64": 99.0, "roofline": 0.1, "kernel_floor": 12.0}
+        {"fast": 1.0, "batches_64": 99.0, "roofline": 0.1, "kernel_floor": 1 / 12}
     ]
 
 

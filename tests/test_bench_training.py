@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,6 +116,45 @@ def test_a_row_without_end_is_killed(monkeypatch, tmp_path):
         train_throughput.wait(ranks.fork(lambda: time.sleep(60), tmp_path / "e")) == train_throughput.TIMED_OUT
     )
     assert train_throughput.wait(ranks.fork(lambda: 3, tmp_path / "e")) == 3
+
+
+def test_the_next_row_starts_when_the_last_step_is_over(tmp_path):
+    """Once: at the mark, or when the process ended without one."""
+    import time
+
+    from lora_sft import ranks
+
+    def row() -> int:
+        time.sleep(0.3)
+        (tmp_path / "mark").touch()
+        time.sleep(0.3)
+        return 0
+
+    calls: list[bool] = []
+    process = ranks.fork(row, tmp_path / "e")
+    assert train_throughput.wait(process, tmp_path / "mark", lambda: calls.append(running(process))) == 0
+    assert calls == [True]
+    process = ranks.fork(lambda: 1, tmp_path / "e")
+    assert train_throughput.wait(process, tmp_path / "none", lambda: calls.append(running(process))) == 1
+    assert calls == [True, False]
+
+
+def running(pid: int) -> bool:
+    return (Path("/proc") / str(pid)).exists()
+
+
+def test_the_replicated_row_scales_its_loss():
+    class Engine:
+        optimizer = SimpleNamespace(loss_scale_config=SimpleNamespace(cur_scale=4.0))
+
+        def backward(self, loss, scale_wrt_gas=True):
+            return loss, scale_wrt_gas
+
+    observed_rank.scale_the_loss(Engine)
+    engine = Engine()
+    assert engine.backward(2.0, scale_wrt_gas=False) == (8.0, False)
+    engine.optimizer = SimpleNamespace()  # bf16 and fp32 have no scale
+    assert engine.backward(2.0) == (2.0, True)
 
 
 def part(link="fast", **changes) -> dict:

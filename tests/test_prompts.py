@@ -220,11 +220,29 @@ def test_h200_gets_the_assignments_engine():
     assert chosen["enable_deterministic_inference"] is True
     assert "disable_radix_cache" not in chosen
     assert chosen["cuda_graph_max_bs_decode"] >= 805
+    assert "max_running_requests" not in chosen
     fast = values(Arguments(fast=True))
     assert fast["cuda_graph_max_bs_decode"] >= 805
     assert "enable_deterministic_inference" not in fast
     assert values(Arguments(), replace(H200, gpus=4))["dp_size"] == 4
     assert values(Arguments(tp_size=2), replace(H200, gpus=4))["dp_size"] == 2
+
+
+@pytest.mark.parametrize("flags", [{"top_k": 50}, {"top_p": 1.0}])
+def test_draws_that_sort_all_logits_run_fewer_at_once(flags):
+    """Those that lean_sampler leaves to SGLang; greedy ones need no draw, and without seeds nothing is sorted."""
+    chosen, free = values(Arguments(**flags)), values(Arguments())
+    assert chosen["max_running_requests"] == chosen["cuda_graph_max_bs_decode"] == 256
+    assert values(Arguments(**flags, max_running_requests=64))["max_running_requests"] == 64
+    for other in (Arguments(**flags, temperature=0.0), Arguments(**flags, fast=True)):
+        assert "max_running_requests" not in values(other)
+    card = replace(H200, memory_gib=24.0)
+    small, reserved = (
+        values(Arguments(**flags), card),
+        1 - values(Arguments(**flags), card)["mem_fraction_static"],
+    )
+    assert reserved * 24 > 3.5 + small["cuda_graph_max_bs_decode"] * 32 * QWEN_7B.vocab_size / 2**30 * 0.9
+    assert free["cuda_graph_max_bs_decode"] > 256
 
 
 def test_small_cards_get_graphs_that_their_pool_can_fill():

@@ -255,7 +255,8 @@ def look_at_lora(args: Arguments, plan: dict, zero_config: dict) -> str:
 def predict_memory(
     config: dict, base: dict[str, int], lora_sizes: list[int], args: Arguments, plan: dict, zero: dict
 ) -> dict[str, float]:
-    """Peak memory of one GPU in GiB, part by part; the parts add up to the peak PyTorch reserves.
+    """Peak memory of one GPU in GiB, part by part; without the last, the slack, the parts add up to the peak that
+    PyTorch allocates. What it reserves depends on how much there is: with little it gives back what waits for reuse.
 
     Bytes per token of a layer are those of Llama with LoRA on every linear layer, where dropout copies each
     adapter's input; not all are there at once (IN_USE). 20 bytes per logit are the half-precision logits, their

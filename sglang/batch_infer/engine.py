@@ -35,6 +35,7 @@ WAITING_FOR_LPM = 128  # above this many waiting requests lpm silently becomes f
 # SGLang's own in-batch rule needs (schedule_policy.py). A chat template's header is shorter: AlpacaEval stays
 # as it is.
 WORTH_PLANNING, SHARED_PREFIX_TOKENS = 0.1, 32
+SORTED_RUNNING, SORTED_BYTES = 256, 32  # at once, and bytes a logit, where SGLang's own seeded sampler draws
 
 
 @dataclass
@@ -207,10 +208,13 @@ def _choose_cpu(args: Arguments, model: Model, context: int) -> Choices:
 def _choose_gpu(args: Arguments, machine: Machine, model: Model, records: list[Record]) -> Choices:
     dp = args.dp_size or max(1, machine.gpus // args.tp_size)
     waiting = sum(not record.error for record in records)
-    wanted = max(1, min(args.max_running_requests or 2048, args.batch_size or waiting, -(-waiting // dp)))
+    # What lean_sampler leaves to SGLang: with seeds it sorts every row and keeps fp64 copies.
+    sorts = args.reproducible and args.temperature > 0 and (args.top_k != -1 or args.top_p == 1)
+    limit = args.max_running_requests or (SORTED_RUNNING if sorts else 2048)
+    wanted = max(1, min(limit, args.batch_size or waiting, -(-waiting // dp)))
     # Outside the pool: CUDA context, FlashInfer's workspace (2 GiB), activations; and for each running record a CUDA
     # graph's share and an fp32 row of the vocabulary (probabilities).
-    fixed_gib, record_gib = 3.5, 0.004 + 4 * model.vocab_size / GIB
+    fixed_gib, record_gib = 3.5, 0.004 + (SORTED_BYTES if sorts else 4) * model.vocab_size / GIB
     kv_gib = model.kv_bytes_per_token / args.tp_size * (EXPECTED_ANSWER_TOKENS + 64) / GIB
     left_gib = machine.memory_gib - fixed_gib - model.weight_bytes / GIB / args.tp_size
     fits = int(left_gib / (kv_gib + record_gib))
@@ -243,8 +247,13 @@ def _choose_gpu(args: Arguments, machine: Machine, model: Model, records: list[R
             f"for {machine.memory_gib:.0f} GiB",
         ),
     }
-    if args.max_running_requests:
-        chosen["max_running_requests"] = (args.max_running_requests, "--max_running_requests")
+    if args.max_running_requests or sorts:
+        why = (
+            "--max_running_requests"
+            if args.max_running_requests
+            else "with top_k, or without top_p, a seeded draw sorts all logits"
+        )
+        chosen["max_running_requests"] = (limit, why)
     return chosen
 
 

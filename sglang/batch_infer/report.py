@@ -106,11 +106,19 @@ def measures(
 
 
 def machine_of(args: Arguments, machine: Machine) -> dict:
-    """What bytes depend on beside the command: GPU or instruction set, and the lock."""
+    """What bytes depend on beside the command: GPU or instruction set, the lock, and on GPUs our own sampler."""
     import torch
 
     lock = Path(__file__).resolve().parents[2] / "requirements.txt"
-    return {
+    own = {}
+    if args.device == "cuda":
+        import runtime_plugins
+
+        files = [
+            Path(runtime_plugins.__file__).with_name(name) for name in ("lean_sampler.py", "seeded_top_p.py")
+        ]
+        own["sampler_sha256"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return own | {
         "gpu_name": machine.gpu_name,
         "cpu_capability": torch.backends.cpu.get_cpu_capability() if args.device == "cpu" else None,
         "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None,
