@@ -1,6 +1,7 @@
 """A model folder with the shape of Llama-2-7B and random weights in fp16: what the benchmarks of training load.
 
-python bench/llama_shape.py FOLDER      # 12.6 GiB, drawn on the GPU if there is one
+python bench/llama_shape.py FOLDER         # 12.6 GiB, drawn on the GPU if there is one
+python bench/llama_shape.py FOLDER 64      # as many layers, 64 wide instead of 4,096: what is left is the host's time
 """
 
 import json
@@ -101,14 +102,23 @@ def write_weights(folder: Path, config: dict, seed: int) -> None:
     write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": places})
 
 
-def main(folder: Path) -> int:
-    print(build(folder))
+def thin(hidden_size: int) -> dict:
+    """The configuration with narrow layers; heads are 16 wide, the vocabulary is the rehearsal tokenizer's size and
+    a little more."""
+    heads = hidden_size // 16
+    inner = CONFIG["intermediate_size"] * hidden_size // CONFIG["hidden_size"]
+    narrow = {"hidden_size": hidden_size, "intermediate_size": inner, "vocab_size": 4096}
+    return CONFIG | narrow | {"num_attention_heads": heads, "num_key_value_heads": heads}
+
+
+def main(folder: Path, hidden_size: int = 0) -> int:
+    print(build(folder, thin(hidden_size) if hidden_size else CONFIG))
     return 0
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(Path(sys.argv[1])))
+        sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:3])))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -29,6 +29,10 @@ rows:
                       levers that `ours` does not have: gathers in the stream of the computation; the host at most
                       two layers ahead of the GPU, and that with 8,192 tokens
 
+`--thin 256 --device cpu` with a narrow model (llama_shape.py FOLDER 64) leaves the host's time and little else: one
+process, which gathers from nobody, one row of 256 tokens a micro-batch, LoRA of rank 1, the ZeRO settings in
+proportion to a layer.
+
 Rates count real tokens (`real_share` of the data's positions are not padding) and use the median step after 4
 micro-batches of warm-up. Of the last step, outside those, rank 0's kernels are recorded.
 """
@@ -201,6 +205,15 @@ def start_row(name: str, given: argparse.Namespace, model: Path, data_path: Path
         zero["zero_optimization"] = row.zero
     changed = zero["zero_optimization"] | row.zero_changes
     zero["zero_optimization"] = {key: value for key, value in changed.items() if value is not None}
+    if given.thin:
+        width = (
+            json.loads((model / "config.json").read_text())["hidden_size"] / llama_shape.CONFIG["hidden_size"]
+        )
+        zero["zero_optimization"] |= {
+            key: round(value * width**2)
+            for key, value in zero["zero_optimization"].items()
+            if key.startswith("stage3_") and not isinstance(value, bool)
+        }
     write_json(folder / "zero.json", zero)
     flags = {
         "model_name_or_path": model,
@@ -215,6 +228,8 @@ def start_row(name: str, given: argparse.Namespace, model: Path, data_path: Path
         "max_steps": warmup + measured + recorded,
         "save_steps": 10**6,
     } | row.flags
+    if given.thin:
+        flags |= {"max_seq_len": given.thin, "tokens_per_micro_batch": given.thin, "lora_r": 1, "num_gpus": 1}
     argv = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
 
     def child() -> int:
@@ -382,6 +397,7 @@ def measure(given: argparse.Namespace) -> dict:
         "workload": {"drawn": not given.data_path, "file_sha256": sha256, "seed": given.seed},
         "link": "slow" if given.slow_link else "fast",
         "micro_batches": given.micro_batches,
+        "thin_tokens": given.thin,
         "rows": [],
         "hardware": f"{len(os.sched_getaffinity(0))} CPU cores" if given.device == "cpu" else None,
         "versions": preflight.versions(preflight.PACKAGES),
@@ -497,6 +513,7 @@ def main() -> int:
     parser.add_argument("--data_path", help="JSON or JSONL file of rows with prompt and chosen")
     parser.add_argument("--slow_link", action="store_true", help="NCCL_P2P_DISABLE=1")
     parser.add_argument("--micro_batches", type=int, default=8, help="measured in each row")
+    parser.add_argument("--thin", type=int, metavar="TOKENS", help="a narrow model: leaves the host's time")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn documents")
     parser.add_argument("--model_path", help="folder (default: random weights of Llama-2-7B's shape)")
     parser.add_argument(
