@@ -8,8 +8,9 @@ Every row is deepspeed/main.py from preflight to saved adapter, in processes of 
 Llama-2-7B's shape, LoRA of rank 16 on all linear layers and full checkpointing. Documents are drawn, seeded, with
 the lengths of rm-static as we estimate them (prompts of about 700 characters in several turns, answers of about
 250, 4 characters a token); `--data_path FILE` takes yours, named in the result by its SHA-256 (the stand-in
-tokenizer gives it about 2.5 characters a token). Each command measures `ours` too, and ratios are taken within a
-command. `--slow_link` switches direct copies between the GPUs off. A row that fails is recorded with its reason.
+tokenizer gives it about 2.5 characters a token). Each command measures `ours` first, and ratios are taken within a
+command; a row that is named several times is run so often, and its median counts. `--slow_link` switches direct copies
+between the GPUs off. A row that fails is recorded with its reason.
 
 A 16 GB V100 is emulated: fp16, GPU_MEMORY_CAP_GIB=14.5, and of the attention kernels only the memory-efficient
 ones, the fastest that Volta has. Matrix products are the GPU's own.
@@ -188,10 +189,10 @@ class Started:
     timed: slice  # of its steps
 
 
-def start_row(name: str, given: argparse.Namespace, model: Path, data_path: Path) -> Started:
+def start_row(name: str, number: int, given: argparse.Namespace, model: Path, data_path: Path) -> Started:
     """Starts the program for one row: its preflight and imports, half of a row's time, pass while the row before
     it, whose steps are over, evaluates, saves and checks."""
-    row, folder = ROWS[name], FOLDER / name
+    row, folder = ROWS[name], FOLDER / f"{number}_{name}"
     gate = folder / "gate"
     out, log = folder / "output", folder / "terminal.log"
     shutil.rmtree(folder, ignore_errors=True)
@@ -403,12 +404,14 @@ def measure(given: argparse.Namespace) -> dict:
         "versions": preflight.versions(preflight.PACKAGES),
         "commit": commit(),
     }
-    names = list(dict.fromkeys(["ours", *given.rows]))
-    started = [start_row(names[0], given, model, data_path)]
+    names = ["ours", *given.rows]
+    started: list[Started] = []
 
     def start_next() -> None:
-        if len(started) < len(names):
-            started.append(start_row(names[len(started)], given, model, data_path))
+        if (number := len(started)) < len(names):
+            started.append(start_row(names[number], number, given, model, data_path))
+
+    start_next()
 
     for number in range(len(names)):
         row = finish_row(started[number], start_next)
@@ -451,6 +454,15 @@ def read_part(path: Path) -> dict:
         raise UserError(f"--merge {path}: cannot be read ({error})") from error
 
 
+def rates_of(rows: list[dict]) -> dict[str, float]:
+    """Real tokens/s per GPU by row, the median where a row was run several times; rows that failed are left out."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if "error" not in row:
+            found.setdefault(row["row"], []).append(row["real_tokens_per_s_per_gpu"])
+    return {name: statistics.median(rates) for name, rates in found.items()}
+
+
 def merge(parts: list[dict]) -> dict:
     """Ratios of real tokens/s within each command, their mean over commands for each link, and how far the
     predicted peaks are off. Raises UserError for parts of different data, hardware or commits."""
@@ -461,7 +473,7 @@ def merge(parts: list[dict]) -> dict:
     links: dict[str, dict[str, list[float]]] = {"fast": {}, "slow": {}}
     rows = [row for part in parts for row in part["rows"] if "error" not in row]
     for part in parts:
-        rates = {row["row"]: row["real_tokens_per_s_per_gpu"] for row in part["rows"] if "error" not in row}
+        rates = rates_of(part["rows"])
         for name, above, below in (
             ("ratio_vs_starter", "ours", "starter"),
             ("ratio_vs_ceiling", "ours", "replicated"),
@@ -534,12 +546,9 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rates = {row["row"]: row.get("real_tokens_per_s_per_gpu") for row in result["rows"]}
-    print(
-        json.dumps(
-            {name: rates["ours"] and rate and round(rate / rates["ours"], 4) for name, rate in rates.items()}
-        )
-    )
+    rates = rates_of(result["rows"])
+    if "ours" in rates:
+        print(json.dumps({name: round(rate / rates["ours"], 4) for name, rate in rates.items()}))
     return 3 if any("error" in row for row in result["rows"]) else 0
 
 

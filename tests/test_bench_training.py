@@ -201,6 +201,12 @@ def test_ratios_stay_within_a_command_and_a_link():
     assert "last_lines" not in json.dumps(merged)
 
 
+def test_a_row_that_ran_several_times_counts_with_its_median():
+    rows = [{"row": "ours", "real_tokens_per_s_per_gpu": rate} for rate in (100, 300, 200)]
+    rows += [{"row": "starter", "real_tokens_per_s_per_gpu": 2}, {"row": "starter", "error": "out of memory"}]
+    assert train_throughput.rates_of(rows) == {"ours": 200, "starter": 2}
+
+
 @pytest.mark.parametrize("change", [{"workload": {"seed": 1}}, {"hardware": "V100"}, {"commit": "def"}])
 def test_parts_that_do_not_belong_together_are_refused(change):
     with pytest.raises(UserError, match=f"differ in {next(iter(change))}"):
