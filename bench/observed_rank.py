@@ -7,32 +7,34 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from workbench.files import write_json
+
+if TYPE_CHECKING:
+    from train_throughput import Row
 
 OBSERVED = "observed.json"
 TIMED = "timed"  # this file: the last step is over
 NOT_ON_VOLTA = ("flash", "cudnn", "triton")  # in names of kernels; those of matrix products have none of them
 
 
-def prepare(
-    rank: int, dtype: str, replicated: bool, layers_ahead: int, steps: tuple[int, int], out: Path
-) -> None:
-    """Imports what a rank of the program does, gives it the kernels of `dtype` and what this row changes, and has
-    it watched. `steps`: how many it has, and how many of them before rank 0's kernels are recorded. Rank 0 will
-    leave OBSERVED in `out`."""
+def prepare(rank: int, row: "Row", steps: tuple[int, int], out: Path) -> None:
+    """Imports what a rank of the program does, makes in it what is special about `row`, and has it watched.
+    `steps`: how many it has, and how many of them before rank 0's kernels are recorded. Rank 0 will leave OBSERVED
+    in `out`."""
     import torch
 
     cuda = os.environ["DS_ACCELERATOR"] == "cuda"
     if cuda:
         torch.cuda.set_device(rank)  # before an import below initialises CUDA on GPU 0
-        if dtype == "fp16":
+        if row.dtype == "fp16":
             torch.backends.cuda.enable_flash_sdp(False)
             torch.backends.cuda.enable_cudnn_sdp(False)
             torch.backends.cuda.enable_math_sdp(False)
     from lora_sft import training
 
-    if replicated:
+    if row.replicated:
         import deepspeed.runtime.engine
 
         # DeepSpeed updates one flat tensor for the optimizers that it takes for fused, else hundreds one by one.
@@ -40,12 +42,14 @@ def prepare(
         scale_the_loss(deepspeed.runtime.engine.DeepSpeedEngine)
         # The check writes into rank 0's adapter and leaves it to ZeRO to tell the others.
         training.adapter.check = lambda *_: "not checked: the weights are not partitioned"
-    if layers_ahead and cuda:
+    if not row.remembers:
+        training.remember_parameters = lambda model: None
+    if row.layers_ahead and cuda:
         load_model = training.load_model
 
         def load_and_pace(*args):
             model = load_model(*args)
-            pace(model, layers_ahead)
+            pace(model, row.layers_ahead)
             return model
 
         training.load_model = load_and_pace

@@ -23,9 +23,9 @@ rows:
     ours_1gpu_nocap, ours_2gpu_nocap         the same tokens per GPU
     tokens_2048, tokens_2048_rank_64, tokens_4096, tokens_4096_rank_64, tokens_6144_rank_64, tokens_8192
                       `ours` at other token budgets and LoRA ranks, without the cap: is the predicted peak right?
-    memory_efficient_linear, hooks_of_modules, prefetch_none
+    memory_efficient_linear, hooks_of_modules, prefetch_none, parameters_looked_up
                       `ours` without one of its levers: DeepSpeed's own linear function, a gather for every linear
-                      layer, no layer gathered ahead
+                      layer, no layer gathered ahead, modules that do not remember their parameters
     one_stream, paced, paced_8192
                       levers that `ours` does not have: gathers in the stream of the computation; the host at most
                       two layers ahead of the GPU, and that with 8,192 tokens
@@ -101,6 +101,7 @@ class Row:
     cap: bool = False
     one_document_a_row: bool = False
     layers_ahead: int = 0  # 0: the host runs as far ahead of the GPU as it can
+    remembers: bool = True
 
     @property
     def replicated(self) -> bool:
@@ -130,6 +131,7 @@ ROWS = {
     "memory_efficient_linear": Row(zero_changes={"memory_efficient_linear": True}, cap=True),
     "hooks_of_modules": Row(zero_changes={"leaf_module": None}, cap=True),
     "prefetch_none": Row(zero_changes={"stage3_prefetch_bucket_size": 0}, cap=True),
+    "parameters_looked_up": Row(remembers=False, cap=True),
     "one_stream": Row(zero_changes={"overlap_comm": False}, cap=True),
     "paced": Row(cap=True, layers_ahead=2),
     "paced_8192": Row({"tokens_per_micro_batch": 8192}, cap=True, layers_ahead=2),
@@ -248,7 +250,7 @@ def start_row(name: str, number: int, given: argparse.Namespace, model: Path, da
         steps = (flags["max_steps"], warmup + measured)
 
         def rank_of_row(function: Callable[[int], int], rank: int) -> int:
-            observed_rank.prepare(rank, row.dtype, row.replicated, row.layers_ahead, steps, out)
+            observed_rank.prepare(rank, row, steps, out)
             while not gate.exists():
                 time.sleep(0.02)
             return function(rank)

@@ -380,6 +380,37 @@ def test_logits_of_answers_only_give_the_whole_loss(libraries, tiny_model, token
     assert code == 0, text
 
 
+def test_remembered_parameters_are_the_modules_own(libraries, tiny_model, scratch):
+    from lora_sft import training
+    from lora_sft.arguments import Arguments
+    from lora_sft.lora import add_adapters
+
+    def compare() -> int:
+        from transformers import AutoModelForCausalLM
+
+        model = add_adapters(AutoModelForCausalLM.from_pretrained(tiny_model), Arguments())
+        layer = model.get_base_model().model.layers[1]
+        questions = ({}, {"recurse": False}, {"prefix": "x"}, {"prefix": "x", "remove_duplicate": False})
+
+        def answers() -> list:
+            found = [list(module.named_parameters(**q)) for module in (model, layer) for q in questions]
+            return [
+                [(name, id(p)) for name, p in each] for each in [*found, list(layer.named_parameters("", True))]
+            ]
+
+        before, state = answers(), list(model.state_dict())
+        training.remember_parameters(model)
+        assert "named_parameters" in vars(layer)
+        assert answers() == before
+        assert len(before[4]) == 9 + 14  # the layer's own, and A and B for 7 linear layers
+        assert [id(p) for p in layer.parameters()] == [key for _, key in before[4]]
+        assert list(model.state_dict()) == state
+        return 0
+
+    code, text = fork(compare, scratch / "remembered.txt").wait()
+    assert code == 0, text
+
+
 def test_packed_loss_equals_separate_documents(libraries, tiny_model, tokenizer, scratch):
     """Token-weighted loss of packed rows = that of every document alone."""
     from lora_sft import data, training

@@ -1,5 +1,6 @@
 """One rank of the training run: engine, Trainer, callbacks that see, count and stop, evaluation."""
 
+import functools
 import gc
 import json
 import logging
@@ -28,6 +29,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from workbench.files import disk_full, to_json, write_json
 
@@ -118,7 +120,24 @@ def load_model(args: Arguments, plan: dict, tokenizer) -> torch.nn.Module:
     model = add_adapters(model, args)
     model.peft_config["default"].revision = plan["model_revision"]
     model.peft_config["default"].base_model_name_or_path = args.model_name_or_path
+    remember_parameters(model)
     return model
+
+
+def remember_parameters(model: torch.nn.Module) -> None:
+    """DeepSpeed asks a leaf module for its parameters whenever it gathers or releases it, and the whole model some
+    times a step: each time a walk through PEFT's modules, 80 a layer. From here on the answers are the same; the
+    model and its decoder layers remember them."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for module in (model, model.get_base_model(), *layers):
+        module.named_parameters = functools.partial(remembered, module, tuple(module.named_parameters()))
+
+
+def remembered(module: torch.nn.Module, found: tuple, prefix: str = "", recurse: bool = True, **options):
+    """`named_parameters` of an instance that has `found` with the default options."""
+    if recurse and not prefix and not options:
+        return iter(found)
+    return type(module).named_parameters(module, prefix, recurse, **options)
 
 
 # --- self-test and evaluation -------------------------------------------------------------------------
