@@ -4,6 +4,7 @@ python bench/llama_shape.py FOLDER         # 12.6 GiB, drawn on the GPU if there
 python bench/llama_shape.py FOLDER 64      # as many layers, 64 wide instead of 4,096: what is left is the host's time
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -117,8 +118,14 @@ def main(folder: Path, hidden_size: int = 0) -> int:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("hidden_size", type=int, nargs="?", default=0, help="a multiple of 16")
+    given = parser.parse_args()
+    if given.hidden_size % 16 or given.hidden_size < 0:
+        parser.error(f"hidden_size {given.hidden_size}: must be a multiple of 16")
     try:
-        sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:3])))
+        sys.exit(main(given.folder, given.hidden_size))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

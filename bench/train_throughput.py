@@ -21,7 +21,7 @@ rows:
     replicated        weights whole on each GPU, LoRA gradients summed (DeepSpeed stage 0), without the cap
     ours_bf16, replicated_bf16               16,384 tokens a micro-batch, without the cap, all kernels
     ours_1gpu_nocap, ours_2gpu_nocap         the same tokens per GPU
-    tokens_2048, tokens_2048_rank_64, tokens_4096, tokens_4096_rank_64, tokens_6144_rank_64, tokens_8192
+    tokens_2048, tokens_2048_rank_64, tokens_4096, tokens_4096_rank_64, tokens_6144_rank_64
                       `ours` at other token budgets and LoRA ranks, without the cap: is the predicted peak right?
     memory_efficient_linear, hooks_of_modules, prefetch_none, parameters_looked_up
                       `ours` without one of its levers: DeepSpeed's own linear function, a gather for every linear
@@ -76,6 +76,7 @@ DOCUMENTS = 1500
 WARMUP_MICRO_BATCHES = 4  # DeepSpeed records its prefetch trace in the first ones
 PROFILED_STEPS = 1
 ROW_TIMEOUT_S = 240
+GATE = "gate"
 TIMED_OUT = 124  # exit code, as of timeout(1)
 # Parts of the preflight's prediction that are there before the first step, and those that come and go.
 RESIDENT = ("weight shard", "LoRA states", "reduce bucket")
@@ -127,7 +128,6 @@ ROWS = {
     "tokens_4096": budget(4096),
     "tokens_4096_rank_64": budget(4096, 64),
     "tokens_6144_rank_64": budget(6144, 64),
-    "tokens_8192": budget(8192),
     "memory_efficient_linear": Row(zero_changes={"memory_efficient_linear": True}, cap=True),
     "hooks_of_modules": Row(zero_changes={"leaf_module": None}, cap=True),
     "prefetch_none": Row(zero_changes={"stage3_prefetch_bucket_size": 0}, cap=True),
@@ -182,12 +182,11 @@ def prepare_one_document_a_row(*args) -> preflight.data.Packed:
 
 @dataclass
 class Started:
-    """A row whose program runs, and waits before its ranks load the model until `gate` exists."""
+    """A row whose program runs, and waits before its ranks load the model until GATE is in its `folder`."""
 
     name: str
     pid: int
     folder: Path
-    gate: Path
     timed: slice  # of its steps
 
 
@@ -195,7 +194,6 @@ def start_row(name: str, number: int, given: argparse.Namespace, model: Path, da
     """Starts the program for one row: its preflight and imports, half of a row's time, pass while the row before
     it, whose steps are over, evaluates, saves and checks."""
     row, folder = ROWS[name], FOLDER / f"{number}_{name}"
-    gate = folder / "gate"
     out, log = folder / "output", folder / "terminal.log"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -251,7 +249,7 @@ def start_row(name: str, number: int, given: argparse.Namespace, model: Path, da
 
         def rank_of_row(function: Callable[[int], int], rank: int) -> int:
             observed_rank.prepare(rank, row, steps, out)
-            while not gate.exists():
+            while not (folder / GATE).exists():
                 time.sleep(0.02)
             return function(rank)
 
@@ -261,7 +259,7 @@ def start_row(name: str, number: int, given: argparse.Namespace, model: Path, da
         return program.main(argv)
 
     pid = ranks.fork(child, folder / "error")
-    return Started(name, pid, folder, gate, slice(warmup, warmup + measured))
+    return Started(name, pid, folder, slice(warmup, warmup + measured))
 
 
 def finish_row(started: Started, when_timed: Callable[[], None]) -> dict:
@@ -269,7 +267,7 @@ def finish_row(started: Started, when_timed: Callable[[], None]) -> dict:
     over."""
     row, folder = ROWS[started.name], started.folder
     began = time.monotonic()
-    started.gate.touch()
+    (folder / GATE).touch()
     code = wait(started.pid, folder / "output" / observed_rank.TIMED, when_timed)
     base = {"row": started.name, "wall_s": time.monotonic() - began, "flags": row.flags, "zero": row.zero}
     base["zero_changes"] = row.zero_changes

@@ -190,18 +190,21 @@ def plot_loss(path: Path, rows: list[dict], before: float, after: float) -> None
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     if points:
         steps, losses = zip(*points, strict=True)
-        axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training loss")
         window = max(1, len(losses) // 20)
+        axes.plot(
+            steps, losses, color="tab:blue", alpha=0.35 if window > 1 else 1, linewidth=1, label="training loss"
+        )
         averages = [sum(losses[max(0, i - window + 1) : i + 1]) / len(losses[max(0, i - window + 1) : i + 1])
                     for i in range(len(losses))]  # fmt: skip
-        axes.plot(steps, averages, color="tab:blue", label=f"mean of {window} steps")
+        if window > 1:
+            axes.plot(steps, averages, color="tab:blue", label=f"mean of {window} steps")
     last = rows[-1]["step"]
     axes.plot(
         [0, last], [before, after], "o", color="tab:red", label="evaluation loss before and after", zorder=3
     )
-    for x, loss, side in ((0, before, "left"), (last, after, "right")):
+    for x, loss, side, above in ((0, before, "left", 8), (last, after, "right", -16)):
         axes.annotate(
-            f"{loss:.3f}", (x, loss), xytext=(0, 8), textcoords="offset points", ha=side, color="tab:red"
+            f"{loss:.3f}", (x, loss), xytext=(0, above), textcoords="offset points", ha=side, color="tab:red"
         )
     axes.margins(y=0.12)
     axes.set(xlabel="optimizer step", ylabel="loss per answer token (nats)", title="LoRA fine-tuning: loss")

@@ -536,7 +536,6 @@ def _train(args, plan, work_dir, stop, folder, started_s) -> int:
 
     engine = trainer.model_wrapped
     eval_loss_after = evaluate(engine, eval_rows, args.rows_per_micro_batch, hf_args.device)
-    engine.empty_partition_cache()  # of what a next pass would need first, some is already being gathered
     trainer.save_model()
     dist.barrier()  # rank 0 writes, every rank reads
     # The first step of a warm-up has learning rate 0.
