@@ -1,6 +1,5 @@
 """What train_throughput.py does inside each rank of the program: a row's kernels, and what is counted there."""
 
-import collections
 import functools
 import json
 import os
@@ -42,37 +41,9 @@ def prepare(rank: int, row: "Row", steps: tuple[int, int], out: Path) -> None:
         scale_the_loss(deepspeed.runtime.engine.DeepSpeedEngine)
         # The check writes into rank 0's adapter and leaves it to ZeRO to tell the others.
         training.adapter.check = lambda *_: "not checked: the weights are not partitioned"
-    if not row.remembers:
-        training.remember_parameters = lambda model: None
-    if row.layers_ahead and cuda:
-        load_model = training.load_model
-
-        def load_and_pace(*args):
-            model = load_model(*args)
-            pace(model, row.layers_ahead)
-            return model
-
-        training.load_model = load_and_pace
+    if row.without:
+        setattr(training, row.without, lambda *_: None)
     observe(training, steps, out if rank == 0 else None, cuda)
-
-
-def pace(model, layers_ahead: int) -> None:
-    """Keeps the host at most so many decoder layers ahead of the GPU. Gathered weights that it has released cannot be
-    used again before the GPU is done with them: far ahead, the allocator takes new memory for every layer."""
-    import torch
-
-    reached: collections.deque = collections.deque()
-
-    def wait(*_) -> None:
-        event = torch.cuda.Event()
-        event.record()
-        reached.append(event)
-        if len(reached) > layers_ahead:
-            reached.popleft().synchronize()
-
-    for module in model.modules():
-        if type(module).__name__.endswith("DecoderLayer"):
-            module.register_forward_pre_hook(wait)
 
 
 def scale_the_loss(engine_class: type) -> None:

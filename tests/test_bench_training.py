@@ -63,9 +63,7 @@ def test_rows_are_commands_of_the_program(name):
     words = [word for flag, value in row.flags.items() for word in (f"--{flag}", str(value))]
     args = arguments.parse([*words, "--dtype", row.dtype])
     assert args.dtype == row.dtype
-    assert row.cap == (
-        name in ("ours", "starter") or bool(row.zero_changes or row.layers_ahead or not row.remembers)
-    )
+    assert row.cap == (name in ("ours", "starter") or bool(row.zero_changes or row.without))
     assert row.replicated == name.startswith("replicated")
     if name.startswith("tokens_"):
         assert name.split("_")[1] == str(args.tokens_per_micro_batch)

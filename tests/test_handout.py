@@ -21,7 +21,7 @@ from workbench import UserError
 ASSIGNMENT = (ROOT / "handout" / "ASSIGNMENT.md").read_text()
 REGION = re.compile(r"# Problem (\d[a-z]): .*\n((?: *#.*\n)*)((?s:.*?)) *# End of problem \1\n")
 SOURCES = ("deepspeed/lora_sft/arguments.py", "deepspeed/lora_sft/lora.py", "sglang/batch_infer/engine.py")
-HIDDEN = ("1000000", "202375168", "610000000", "410000000", "50000000", "LlamaDecoderLayer")
+HIDDEN = ("203632640", "620000000", "410000000", "5000000", "LlamaDecoderLayer")
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +115,10 @@ def test_a_folder_that_is_no_handout_is_left_alone(capsys):
 
 
 def test_a_leak_is_found():
-    solution = ["result = await anext(stream)", "202375168"]
+    solution = ["result = await anext(stream)", "203632640"]
     assert make_handout.leaks({"a.py": b"    result = await anext(stream)\n"}, solution)
-    assert make_handout.leaks({"a.md": b"about 202,375,168 elements"}, solution)
-    assert not make_handout.leaks({"a.md": b"2023751680 and anext(stream)"}, solution)
+    assert make_handout.leaks({"a.md": b"about 203,632,640 elements"}, solution)
+    assert not make_handout.leaks({"a.md": b"2036326400 and anext(stream)"}, solution)
 
 
 def test_a_file_with_a_solutions_value_stops_it(monkeypatch):

@@ -72,12 +72,11 @@ def test_1c_only_adapters_train_and_they_get_gradients(libraries, tiny_model, tm
     in_child(look, tmp_path)
 
 
-def test_1b_zero_gathers_layers_and_leaves_the_adapters_whole():
+def test_1b_zero_gathers_whole_layers_with_their_adapters():
     zero = read_zero_config(str(ROOT / "deepspeed" / "zero3.json"))["zero_optimization"]
     adapter_tensor = parse([]).lora_r * 11008
-    assert adapter_tensor <= zero["stage3_param_persistence_threshold"] < 4096 * 4096, (
-        "LoRA whole, the base split"
-    )
+    smallest = parse([]).lora_r * 4096
+    assert zero["stage3_param_persistence_threshold"] < smallest, "adapters come and go with their layer"
     assert any(name.endswith("DecoderLayer") for name in zero["leaf_module"]["classes"]), "not by linear layers"
     assert zero["stage3_max_live_parameters"] >= 2 * LAYER, "the layer that runs and the one gathered ahead"
     assert zero["stage3_prefetch_bucket_size"] >= LAYER, "less than a layer is no layer ahead"

@@ -72,6 +72,7 @@ def one_process(libraries, two_ranks, scratch) -> dict:
         hf_args = training.training_arguments(args, plan, use_cpu=True)
         model = training.load_model(args, plan, tokenizer)
         trainer = training.PackedTrainer(model=model, args=hf_args, train_dataset=packed)
+        trainer._save_checkpoint = lambda *_, **__: None  # it asks DeepSpeed for the adapter
         before = training.evaluate(model, evaluation, 4, torch.device("cpu"))
         trainer.train()
         result = {
@@ -138,7 +139,6 @@ def test_parity_with_resident_layers_and_separate_hooks(start, parity_flags, one
     flags = [*parity_flags, "--deepspeed", tmp_path / "zero.json", "--output_dir", tmp_path / "out"]
     code, text = start(*flags).wait()
     assert code == 0, text
-    assert "scaled to" not in text
     assert_same_course(tmp_path / "out", one_process)
 
 
@@ -171,7 +171,7 @@ def test_weights_are_partitioned_and_gathered_per_layer(start, quick, tmp_path):
 
         def on_step_begin(self, *args, **kwargs):
             model = self.trainer.model_wrapped.module
-            base[:] = [p for p in model.parameters() if not p.requires_grad and not p.ds_persist]
+            base[:] = [p for p in model.parameters() if not p.requires_grad]
             whole.append([])
             step_begin(self, *args, **kwargs)
 
@@ -214,11 +214,11 @@ def test_weights_are_partitioned_and_gathered_per_layer(start, quick, tmp_path):
     ]
     code, text = start(*flags, patch=observe).wait()
     assert code == 0, text
-    assert "stage3_param_persistence_threshold 1,000,000 scaled to 976" in text
     result = json.loads(seen.read_text())
-    matrices = {name: state for name, state in result["at_rest"].items() if state[1] > 976}
-    assert len(matrices) == 2 + 4 * 7 + 4 * 7 * 2  # embedding and head, base matrices, LoRA A and B
-    for name, (held, _, partitioned) in matrices.items():
+    at_rest = result["at_rest"]
+    # Embedding, head and last norm; base matrices and norms of a layer, LoRA A and B.
+    assert len(at_rest) == 3 + 4 * (7 + 2 + 7 * 2)
+    for name, (held, _, partitioned) in at_rest.items():
         assert partitioned, name
         assert held == 0, name
     fetched = result["fetched"]

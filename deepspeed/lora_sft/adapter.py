@@ -15,16 +15,13 @@ class AdapterError(RuntimeError):
     """The saved adapter is not what was trained: a bug, not the user's fault."""
 
 
-def live_tensors(engine) -> dict[str, torch.Tensor]:
-    """The adapter's full tensors under the names of the saved file. Collective: call it on every rank.
-
-    Gathers LoRA tensors only (some 100 MB), never the base.
-    """
-    parameters = [p for name, p in engine.module.named_parameters() if "lora_" in name]
-    with deepspeed.zero.GatheredParameters(parameters):
-        state = {name: p for name, p in engine.module.named_parameters() if "lora_" in name}
-        state = get_peft_model_state_dict(engine.module, state_dict=state, save_embedding_layers=False)
-        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+def gathered(engine) -> dict[str, torch.Tensor]:
+    """The adapter's full tensors on the CPU, under the names of the live parameters. Collective: call it on every
+    rank. Gathers LoRA tensors only (some 100 MB), never the base."""
+    engine.empty_partition_cache()  # none may be on its way, for a layer gathered ahead
+    adapter = {name: p for name, p in engine.module.named_parameters() if "lora_" in name}
+    with deepspeed.zero.GatheredParameters(list(adapter.values())):
+        return {name: parameter.detach().cpu().clone() for name, parameter in adapter.items()}
 
 
 def problems(stored: dict[str, torch.Tensor], expected_keys: set[str], learning: bool = True) -> list[str]:
@@ -55,7 +52,8 @@ def check(engine, folder: Path, batch: dict[str, torch.Tensor], learning: bool =
     one line for the log; raises AdapterError on every rank.
     """
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-    live = live_tensors(engine)
+    # Under the names of the saved file.
+    live = get_peft_model_state_dict(engine.module, gathered(engine), save_embedding_layers=False)
     stored = load_file(folder / ADAPTER)
     found = problems(stored, set(live), learning)
     found += [f"{name} differs from the live tensor" for name in live if name in stored
@@ -65,7 +63,7 @@ def check(engine, folder: Path, batch: dict[str, torch.Tensor], learning: bool =
 
     def logits() -> torch.Tensor:
         result = engine(**inputs).logits
-        engine.empty_partition_cache()  # a tensor that is being gathered ahead cannot be written to
+        engine.optimizer.empty_partition_cache()  # a tensor that is being gathered ahead cannot be written to
         return result
 
     engine.eval()

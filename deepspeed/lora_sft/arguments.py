@@ -72,7 +72,7 @@ class Arguments:
     lora_alpha: int = 32
     lora_dropout: float = 0.05
     lora_target_modules: str = "all-linear"
-    tokens_per_micro_batch: int = 6144
+    tokens_per_micro_batch: int = 8192
     gradient_checkpointing: bool = True
     # End of problem 1a
     max_seq_len: int = 1024

@@ -232,13 +232,6 @@ def look_at_lora(args: Arguments, plan: dict, zero_config: dict) -> str:
             )
     plan["zero_config"] = json.loads(json.dumps(zero_config))
     zero = plan["zero_config"]["zero_optimization"]
-    threshold, note = zero.get("stage3_param_persistence_threshold", 100_000), ""
-    if max(base.values()) <= threshold:
-        # A tiny model would stay whole on every rank: scale with the area of its matrices, so that it is
-        # partitioned like the real one.
-        scaled = int(threshold * (config.hidden_size / 4096) ** 2)
-        zero["stage3_param_persistence_threshold"] = scaled
-        note = f"; tiny model: stage3_param_persistence_threshold {threshold:,} scaled to {scaled:,}"
     plan |= {
         "base_parameters": sum(base.values()),
         "matmul_parameters": matmul,
@@ -246,10 +239,7 @@ def look_at_lora(args: Arguments, plan: dict, zero_config: dict) -> str:
     }
     plan["predicted_parts_gib"] = predict_memory(config.to_dict(), base, lora_sizes, args, plan, zero)
     plan["predicted_peak_gib"] = sum(plan["predicted_parts_gib"].values())
-    return (
-        f"{len(lora_sizes)} tensors, {sum(lora_sizes) / 1e6:.1f} M of {sum(base.values()) / 1e6:,.1f} M parameters train"
-        f"{note}"
-    )
+    return f"{len(lora_sizes)} tensors, {sum(lora_sizes) / 1e6:.1f} M of {sum(base.values()) / 1e6:,.1f} M parameters train"
 
 
 def predict_memory(
@@ -291,8 +281,8 @@ def predict_memory(
         "layer activations": layer_activations,
         "logits and loss": max(0, logits - layer_activations if args.gradient_checkpointing else logits),
     }
-    # Blocks that wait for another stream before they can be used again. The allocator takes more if there is more.
-    parts["allocator slack"] = 0.15 * sum(parts.values())
+    # With two streams: blocks that one has left and the other not yet. The allocator takes more if there is more.
+    parts["allocator slack"] = (0.15 if zero.get("overlap_comm", True) else 0.05) * sum(parts.values())
     return {name: value / GIB for name, value in parts.items()}
 
 

@@ -140,6 +140,13 @@ def remembered(module: torch.nn.Module, found: tuple, prefix: str = "", recurse:
     return type(module).named_parameters(module, prefix, recurse, **options)
 
 
+def let_host_run_ahead(engine) -> None:
+    """DeepSpeed holds the host, weight by weight, until the GPU has the layer before, so that blocks that wait for
+    another stream do not pile up. Where gathers and computation share a stream there are none: memory is used again in
+    the order of the stream, however far the host is ahead."""
+    engine.optimizer.parameter_offload.get_param_coordinator().fast_sharding_for_leaf_module = True
+
+
 # --- self-test and evaluation -------------------------------------------------------------------------
 
 
@@ -250,6 +257,12 @@ class PackedTrainer(Trainer):
         self.nonfinite_loss |= not torch.isfinite(loss).item()
         return loss
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        # Trainer's way through DeepSpeed gathers the frozen base as well, one linear layer after the other.
+        tensors = adapter.gathered(self.deepspeed)
+        if self.args.should_save:
+            self._save(output_dir or self.args.output_dir, state_dict=tensors)
+
     def _run_epoch(self, *args, **kwargs):
         # A run that was killed after its last step has nothing left to train; Trainer would only look at
         # this flag after one more step.
@@ -279,6 +292,8 @@ class RunCallback(TrainerCallback):
         if hasattr(scaler, "raise_error_at_min_scale"):
             # DeepSpeed would end the run with an exception; on_step_end counts and explains instead.
             scaler.raise_error_at_min_scale = False
+        if not self.plan["zero_config"]["zero_optimization"].get("overlap_comm", True):
+            let_host_run_ahead(engine)
         error = packing_self_test(engine, engine.module.config.vocab_size, hf_args.device)
         log.info("packing self-test passed: relative error %.1e between packed and separate documents", error)
         before = self.folder / run_folder.EVAL_BEFORE
@@ -538,6 +553,7 @@ def _train(args, plan, work_dir, stop, folder, started_s) -> int:
     eval_loss_after = evaluate(engine, eval_rows, args.rows_per_micro_batch, hf_args.device)
     trainer.save_model()
     dist.barrier()  # rank 0 writes, every rank reads
+    log.debug("adapter saved")
     # The first step of a warm-up has learning rate 0.
     learning = any(entry.get("learning_rate", 0) > 0 for entry in trainer.state.log_history)
     checked = adapter.check(engine, folder, to_device(eval_rows, slice(0, 1), hf_args.device), learning)
