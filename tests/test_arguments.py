@@ -1,8 +1,10 @@
 """Flags and the ZeRO file: every mistake is one line that names the cure."""
 
 import json
+import os
 from dataclasses import fields
 
+import main
 import pytest
 
 from harness import ROOT
@@ -58,6 +60,15 @@ def test_paths_are_relative_to_the_caller(tmp_path, monkeypatch):
     args = parse(["--data_path", "rows.jsonl", "--output_dir", "out"])
     assert args.data_path == str(tmp_path / "rows.jsonl")
     assert args.output_dir == str(tmp_path / "out")
+
+
+def test_ranks_share_the_cores(monkeypatch):
+    """A thread per core in every rank made small comparisons on the CPU 18 times slower on a GPU node."""
+    monkeypatch.setattr("os.environ", {})
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(32)))
+    main.set_up_environment(Arguments(device="cuda", num_gpus=4))
+    assert os.environ["OMP_NUM_THREADS"] == "8"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def test_hub_ids_stay_as_they_are():
