@@ -39,10 +39,8 @@ def set_up_environment(args: Arguments) -> None:
     """What the libraries read at import."""
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU was asked for: no library may find a GPU
-    # Ranks share the cores. Otherwise each starts a thread on every core, and they wait for one another: checking the
-    # adapter took 36 s instead of 2 on 32 cores.
-    cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // (args.num_gpus or 2))))
+        cores = len(os.sched_getaffinity(0))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // (args.num_gpus or 2))))
     os.environ["DS_ACCELERATOR"] = args.device
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # counts GPUs without initialising CUDA before the fork
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

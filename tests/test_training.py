@@ -131,13 +131,20 @@ def test_gradient_accumulation_equals_a_larger_micro_batch(start, parity_flags, 
 
 
 def test_parity_with_resident_layers_and_separate_hooks(start, parity_flags, one_process, tmp_path):
-    """The other end of the JSON: persistence threshold above every matrix of a layer, no leaf module."""
+    """The other end of the JSON: persistence threshold above every matrix of a layer, no leaf module, gathers in a
+    stream of their own, which the host must not outrun."""
+
+    def refuse():
+        from lora_sft import training
+
+        training.let_host_run_ahead = None
+
     config = json.loads((ROOT / "deepspeed" / "zero3.json").read_text())
-    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 100_000}
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 100_000, "overlap_comm": True}
     del config["zero_optimization"]["leaf_module"]
     (tmp_path / "zero.json").write_text(json.dumps(config))
     flags = [*parity_flags, "--deepspeed", tmp_path / "zero.json", "--output_dir", tmp_path / "out"]
-    code, text = start(*flags).wait()
+    code, text = start(*flags, patch=refuse).wait()
     assert code == 0, text
     assert_same_course(tmp_path / "out", one_process)
 
@@ -189,7 +196,9 @@ def test_weights_are_partitioned_and_gathered_per_layer(start, quick, tmp_path):
             fetched.clear()
             begin(self, *args, **kwargs)  # runs forward passes
             if os.environ["RANK"] == "0":
-                seen.write_text(json.dumps({"at_rest": at_rest, "fetched": fetched}))
+                coordinator = self.trainer.model_wrapped.optimizer.parameter_offload.get_param_coordinator()
+                ahead = coordinator.fast_sharding_for_leaf_module
+                seen.write_text(json.dumps({"at_rest": at_rest, "fetched": fetched, "ahead": ahead}))
 
         PartitionedParameterCoordinator.fetch_sub_module = counting_fetch
         training.RunCallback.on_train_begin = on_train_begin
@@ -215,6 +224,7 @@ def test_weights_are_partitioned_and_gathered_per_layer(start, quick, tmp_path):
     code, text = start(*flags, patch=observe).wait()
     assert code == 0, text
     result = json.loads(seen.read_text())
+    assert result["ahead"]  # one stream
     at_rest = result["at_rest"]
     # Embedding, head and last norm; base matrices and norms of a layer, LoRA A and B.
     assert len(at_rest) == 3 + 4 * (7 + 2 + 7 * 2)
@@ -231,6 +241,23 @@ def test_weights_are_partitioned_and_gathered_per_layer(start, quick, tmp_path):
     head = next(state[1] for name, state in result["at_rest"].items() if "lm_head" in name)
     for counts in result["whole"]:  # the first ones only record the order in which layers are needed
         assert max(layer, head) <= max(counts) <= 2 * layer + head, counts
+
+
+def test_ranks_share_the_cores(libraries, monkeypatch, tmp_path):
+    def look() -> int:
+        import torch
+
+        from lora_sft import training
+
+        training.share_cores(4)
+        print(torch.get_num_threads())
+        return 0
+
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(32)))
+    assert fork(look, tmp_path / "terminal.txt").wait() == (0, "8\n")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert fork(look, tmp_path / "again.txt").wait()[1] != "8\n"  # the user's choice
 
 
 def test_artefacts_follow_the_contract(two_ranks):

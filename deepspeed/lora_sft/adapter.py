@@ -18,7 +18,7 @@ class AdapterError(RuntimeError):
 def gathered(engine) -> dict[str, torch.Tensor]:
     """The adapter's full tensors on the CPU, under the names of the live parameters. Collective: call it on every
     rank. Gathers LoRA tensors only (some 100 MB), never the base."""
-    engine.empty_partition_cache()  # none may be on its way, for a layer gathered ahead
+    engine.empty_partition_cache()  # none may be on its way, with a layer gathered ahead
     adapter = {name: p for name, p in engine.module.named_parameters() if "lora_" in name}
     with deepspeed.zero.GatheredParameters(list(adapter.values())):
         return {name: parameter.detach().cpu().clone() for name, parameter in adapter.items()}

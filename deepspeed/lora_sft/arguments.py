@@ -257,6 +257,8 @@ def read_zero_config(path: str) -> dict:
             elements = key.endswith(("_size", "_threshold", "_parameters", "_distance")) and value != "auto"
             if elements and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
                 raise UserError(f"{where}: {key} must be a number of elements, but is {value!r}")
+            if key == "overlap_comm" and not isinstance(value, bool):
+                raise UserError(f"{where}: overlap_comm must be true or false, but is {json.dumps(value)}")
             if key == "leaf_module" and not (
                 isinstance(value, dict)
                 and isinstance(value.get("classes"), list)

@@ -232,6 +232,10 @@ def look_at_lora(args: Arguments, plan: dict, zero_config: dict) -> str:
             )
     plan["zero_config"] = json.loads(json.dumps(zero_config))
     zero = plan["zero_config"]["zero_optimization"]
+    if plan["world_size"] == 1:
+        # DeepSpeed waits for the stream of the gathers before every layer, though there is nothing to gather; that one
+        # must not be the stream of the computation.
+        zero["overlap_comm"] = True
     plan |= {
         "base_parameters": sum(base.values()),
         "matmul_parameters": matmul,
@@ -282,7 +286,8 @@ def predict_memory(
         "logits and loss": max(0, logits - layer_activations if args.gradient_checkpointing else logits),
     }
     # With two streams: blocks that one has left and the other not yet. The allocator takes more if there is more.
-    parts["allocator slack"] = (0.15 if zero.get("overlap_comm", True) else 0.05) * sum(parts.values())
+    two_streams = world > 1 and zero.get("overlap_comm", True)
+    parts["allocator slack"] = (0.15 if two_streams else 0.05) * sum(parts.values())
     return {name: value / GIB for name, value in parts.items()}
 
 
