@@ -269,8 +269,8 @@ class PackedTrainer(Trainer):
         return loss
 
     def save_model(self, output_dir=None, _internal_call=False):
-        # Trainer's way through DeepSpeed gathers the frozen base as well, one linear layer after the other. It also
-        # leaves all parameters partitioned, as DeepSpeed's checkpoint, which Trainer writes next, wants them.
+        # Trainer's way through DeepSpeed gathers the frozen base as well, one linear layer after the other. This gathers
+        # the adapter, and leaves everything partitioned, as DeepSpeed's checkpoint, which comes next, wants it.
         tensors = adapter.gathered(self.deepspeed)
         if self.args.should_save:
             self._save(output_dir or self.args.output_dir, state_dict=tensors)
