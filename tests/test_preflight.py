@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from harness import ROOT
+from harness import ROOT, fork
 from lora_sft import UserError, data, preflight
 from lora_sft.arguments import Arguments, read_zero_config
 from workbench import machine
@@ -81,6 +81,20 @@ def test_predicted_parts():
     assert predicted(replace(Arguments(), lora_r=64))["LoRA states"] == pytest.approx(
         4 * parts["LoRA states"], rel=0.3
     )
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gathers_share_the_stream_where_there_are_any(libraries, tiny_model, tmp_path, world_size):
+    """On one GPU DeepSpeed would wait before every layer for the stream of the gathers, and so for the computation."""
+
+    def look() -> int:
+        args = Arguments()
+        plan = {"dtype": "fp32", "world_size": world_size, "model_folder": str(tiny_model), "answer_share": 0.3}
+        preflight.look_at_lora(args, plan, read_zero_config(args.deepspeed))
+        print(plan["zero_config"]["zero_optimization"]["overlap_comm"])
+        return 0
+
+    assert fork(look, tmp_path / "terminal.txt").wait() == (0, f"{world_size == 1}\n")
 
 
 def test_matrices_that_autograd_keeps_are_counted():

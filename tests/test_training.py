@@ -157,11 +157,15 @@ def test_weights_are_partitioned_and_gathered_per_layer(start, quick, tmp_path):
     def observe():
         import os
 
+        from deepspeed.runtime.engine import DeepSpeedEngine
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
         from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
         from lora_sft import training
 
+        DeepSpeedEngine._zero3_consolidated_16bit_state_dict = (
+            None  # to save, it gathers the frozen base as well
+        )
         begin, fetch = training.RunCallback.on_train_begin, PartitionedParameterCoordinator.fetch_sub_module
         step_begin, step_end = training.RunCallback.on_step_begin, training.RunCallback.on_step_end
         fetched: list[str] = []

@@ -1,8 +1,9 @@
 """Top-p sampling with few passes over the logits (batch x vocabulary, fp32).
 
 SGLang's own path divides by the temperature, computes the softmax into a second tensor and copies it back; with
-seeds it sorts every row and keeps fp64 copies of all probabilities, which limits how many requests fit. Here FlashInfer's softmax takes the temperature along, and a draw by seeds is one
-kernel of our own (seeded_top_p.py), as FlashInfer's sampling kernels have one seed for a batch.
+seeds it sorts every row and keeps fp64 copies of all probabilities, which limits how many requests fit. Here
+FlashInfer's softmax takes the temperature along, and a draw by seeds is one kernel of our own (seeded_top_p.py), as
+FlashInfer's sampling kernels have one seed for a batch.
 
 A batch goes to SGLang's sampler as a whole if one of its requests has top_k, min_p, no top_p, logprobs or greedy
 decoding beside sampled ones; with seeds, the others' tokens then differ from those they get among their like.
