@@ -7,12 +7,13 @@ copies, after a kill.
 
 Every run is the real command in a folder of its own. A quarter of the prompts comes twice: then all of a
 prompt is in the radix tree. Prints a row per run and writes bench/results/same_bytes.json; exit code 1 if a run
-differs from the first.
+differs from the first or fails. With `--folder` a second command goes on: it compares with the runs that have ended there.
 """
 
 import argparse
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from workbench.files import commit, write_json
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = REHEARSAL / "runs" / "same_bytes"
 RESULT = Path(__file__).resolve().parent / "results" / "same_bytes.json"
+ENDED = "run.json"
 KILLED, TWO_GPUS = "killed_and_resumed", "two_gpus"
 RUNS = {  # name -> flags of this run alone
     "fresh_1": [],
@@ -53,6 +55,10 @@ def run(name: str, command: list[str], folder: Path, kill_at: int) -> dict:
     """One run of the command. KILLED: kill -9 after `kill_at` answers, then the same command again."""
     flags = [*command, *(RUNS[name] if name == TWO_GPUS else ["--dp_size", "1", *RUNS[name]])]
     flags += ["--output_file", str(folder / "outputs.jsonl")]
+    ended = folder / ENDED
+    if ended.exists() and (result := json.loads(ended.read_text()))["command"] == flags:
+        return result
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     killed = None
     with (folder / "terminal.txt").open("wb") as terminal:
@@ -74,14 +80,18 @@ def run(name: str, command: list[str], folder: Path, kill_at: int) -> dict:
     summary = json.loads((folder / SUMMARY).read_text())
     answers = (folder / ALL).read_bytes()
     print(f"{name}: done, SHA-256 {hashlib.sha256(answers).hexdigest()[:12]}", flush=True)
-    return {
+    result = {
         "run": name,
+        "command": flags,
         "sha256": hashlib.sha256(answers).hexdigest(),
         "outputs": [row["output"] for row in json.loads(answers)],
         "cached_prompt_tokens": summary["cached_prompt_tokens"],
         "output_tokens": summary["output_tokens"],
         "answers_before_the_kill": killed,
+        "settings": summary["settings"],
     }
+    write_json(ended, result)
+    return result
 
 
 def main() -> int:
@@ -91,6 +101,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=805, help="records in all, the repeated ones among them")
     parser.add_argument("--max_new_tokens", type=int, default=96)
     parser.add_argument("--at_once", type=int, default=4, help="runs at a time")
+    parser.add_argument("--folder", help="of the runs (default: a new one)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--engine_args", default='{"load_format": "dummy", "max_total_tokens": 100000}')
     given = parser.parse_args()
@@ -113,7 +124,6 @@ def main() -> int:
     else:
         model = qwen_shape.build(FOLDER / "qwen2.5-7b-shape")
         command += ["--model_path", str(model), "--engine_args", given.engine_args]
-    stamp = time.strftime("%Y%m%d-%H%M%S")
     gpus = preflight.nvml_gpus() if given.device == "cuda" else []
     names = given.runs or [name for name in RUNS if name != TWO_GPUS or len(gpus) > 1]
     if not set(names) <= set(RUNS):
@@ -121,24 +131,25 @@ def main() -> int:
             f"error: no run {', '.join(set(names) - set(RUNS))}; choose of {', '.join(RUNS)}", file=sys.stderr
         )
         return 2
-    together = [name for name in names if name not in (KILLED, TWO_GPUS)]
-    # Runs of a wave start together: preflight refuses a GPU that another process already fills.
-    waves = [together[i : i + given.at_once] for i in range(0, len(together), given.at_once)]
-    waves += [[name] for name in names if name in (KILLED, TWO_GPUS)]
+    folder = Path(given.folder or FOLDER / time.strftime("%Y%m%d-%H%M%S")).absolute()
 
     def job(name: str) -> dict:
-        return run(name, command, FOLDER / stamp / name, len(distinct) // 4)
+        try:
+            return run(name, command, folder / name, len(distinct) // 4)
+        except UserError as error:
+            print(f"{name}: failed, {error}", flush=True)
+            return {"run": name, "error": str(error)}
 
-    results = []
-    try:
-        for wave in waves:
-            with ThreadPoolExecutor(given.at_once) as pool:
-                results += pool.map(job, wave)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    with ThreadPoolExecutor(given.at_once) as pool:
+        results = list(pool.map(job, [name for name in names if name != TWO_GPUS]))
+    results += [job(name) for name in names if name == TWO_GPUS]
+    ended = [result for result in results if "error" not in result]
+    if not ended:
+        print(f"error: no run ended, see {folder}", file=sys.stderr)
         return 2
-    first = results[0]["outputs"]
-    for result in results:
+    first, settings = ended[0]["outputs"], ended[0]["settings"]
+    for result in ended:
+        del result["command"], result["settings"]
         outputs = result.pop("outputs")
         different = [i for i, pair in enumerate(zip(first, outputs, strict=True)) if pair[0] != pair[1]]
         result |= {"different_records": len(different), "first_different_record": next(iter(different), None)}
@@ -147,8 +158,7 @@ def main() -> int:
             f"{result['cached_prompt_tokens']:,} cached prompt tokens, SHA-256 {result['sha256'][:12]}",
             flush=True,
         )
-    settings = json.loads((FOLDER / stamp / results[0]["run"] / SUMMARY).read_text())["settings"]
-    identical = sum(result["sha256"] == results[0]["sha256"] for result in results)
+    identical = sum(result["sha256"] == ended[0]["sha256"] for result in ended)
     write_json(
         RESULT,
         {
