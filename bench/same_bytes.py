@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -140,41 +140,53 @@ def main() -> int:
             print(f"{name}: failed, {error}", flush=True)
             return {"run": name, "error": str(error)}
 
+    results: list[dict] = []
+    about = {
+        "repeated_prompts": len(distinct) // 4,
+        "prompts_sha256": hashlib.sha256(Path(given.records).read_bytes()).hexdigest(),
+        "hardware": gpus[0]["name"] if gpus else None,
+        "commit": commit(),
+    }
     with ThreadPoolExecutor(given.at_once) as pool:
-        results = list(pool.map(job, [name for name in names if name != TWO_GPUS]))
-    results += [job(name) for name in names if name == TWO_GPUS]
+        for job_ended in as_completed([pool.submit(job, name) for name in names if name != TWO_GPUS]):
+            results.append(job_ended.result())
+            write_json(RESULT, compare(results, names) | about)
+    if TWO_GPUS in names:
+        results.append(job(TWO_GPUS))
+        write_json(RESULT, compare(results, names) | about)
+    compared = compare(results, names)
+    for row in compared["runs"]:
+        if "error" not in row:
+            print(
+                f"{row['run']:20} {row['different_records']} of {compared['records']} records differ from the first's, "
+                f"{row['cached_prompt_tokens']:,} cached prompt tokens, SHA-256 {row['sha256'][:12]}"
+            )
+    print(f"{compared['identical_runs']} of {len(names)} runs identical")
+    return 0 if compared["identical_runs"] == len(names) else 1
+
+
+def compare(results: list[dict], names: list[str]) -> dict:
+    """The runs so far, in the order of `names`, each against the first of them that ended."""
+    results = sorted(results, key=lambda result: names.index(result["run"]))
     ended = [result for result in results if "error" not in result]
     if not ended:
-        print(f"error: no run ended, see {folder}", file=sys.stderr)
-        return 2
-    first, settings = ended[0]["outputs"], ended[0]["settings"]
-    for result in ended:
-        del result["command"], result["settings"]
-        outputs = result.pop("outputs")
-        different = [i for i, pair in enumerate(zip(first, outputs, strict=True)) if pair[0] != pair[1]]
-        result |= {"different_records": len(different), "first_different_record": next(iter(different), None)}
-        print(
-            f"{result['run']:20} {len(outputs) - len(different)} of {len(outputs)} as in the first, "
-            f"{result['cached_prompt_tokens']:,} cached prompt tokens, SHA-256 {result['sha256'][:12]}",
-            flush=True,
-        )
-    identical = sum(result["sha256"] == ended[0]["sha256"] for result in ended)
-    write_json(
-        RESULT,
-        {
-            "identical_runs": identical,
-            "runs": results,
-            "records": len(first),
-            "repeated_prompts": len(distinct) // 4,
-            "prompts_sha256": hashlib.sha256(Path(given.records).read_bytes()).hexdigest(),
-            "engine_args": settings["engine_args"] | {"model_path": None, "tokenizer_path": None},
-            "hardware": gpus[0]["name"] if gpus else settings["cpu_capability"],
-            "versions": settings["versions"],
-            "commit": commit(),
-        },
-    )
-    print(f"{identical} of {len(results)} runs identical")
-    return 0 if identical == len(results) else 1
+        return {"identical_runs": 0, "runs": results, "records": 0}
+    first, settings, rows = ended[0]["outputs"], ended[0]["settings"], []
+    for result in results:
+        row = {key: value for key, value in result.items() if key not in ("command", "settings", "outputs")}
+        if "outputs" in result:
+            pairs = enumerate(zip(first, result["outputs"], strict=True))
+            different = [i for i, (one, other) in pairs if one != other]
+            row |= {"different_records": len(different), "first_different_record": next(iter(different), None)}
+        rows.append(row)
+    return {
+        "identical_runs": sum(result["sha256"] == ended[0]["sha256"] for result in ended),
+        "runs": rows,
+        "records": len(first),
+        "engine_args": settings["engine_args"] | {"model_path": None, "tokenizer_path": None},
+        "cpu_capability": settings["cpu_capability"],
+        "versions": settings["versions"],
+    }
 
 
 if __name__ == "__main__":

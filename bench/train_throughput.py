@@ -78,8 +78,9 @@ PROFILED_STEPS = 1
 ROW_TIMEOUT_S = 240
 GATE = "gate"
 TIMED_OUT = 124  # exit code, as of timeout(1)
-# Parts of the preflight's prediction that are there before the first step, and those that come and go.
-RESIDENT = ("weight shard", "LoRA states", "reduce bucket")
+# Parts of the preflight's prediction that are there before the first step, and those that come and go. Of the LoRA states
+# the weights, their fp32 copy and a buffer for gradients are there; the optimizer makes its moments in the first step.
+RESIDENT = ("weight shard", "reduce bucket")
 TRANSIENT = ("gathered layers", "checkpointed inputs", "layer activations", "logits and loss")
 STARTER_ZERO = {  # its deepspeed/utils/ds_utils.py
     "stage": 3,
@@ -514,6 +515,9 @@ def prediction_errors(row: dict) -> dict[str, float]:
     `transient` comes on top of it, `slack` is reserved and not allocated (a difference in GiB: it is small)."""
     measured, parts = row["measured_parts_gib"], row["predicted_parts_gib"]
     resident, transient = (sum(parts[name] for name in names) for names in (RESIDENT, TRANSIENT))
+    size = 4 if row["dtype"] == "fp32" else 2
+    lora_before = parts["LoRA states"] * (2 * size + 4) / (2 * size + 16)
+    resident, transient = resident + lora_before, transient + parts["LoRA states"] - lora_before
     rises = measured["peak_allocated"] - measured["resident"]
     slack = measured["peak_reserved"] - measured["peak_allocated"]
     return {

@@ -268,19 +268,25 @@ def predict_memory(
     lora_resident = sum(n if n <= threshold else n / world for n in lora_sizes)
     layer = sum(n for name, n in base.items() if ".layers.0." in name) + lora_total / layers
     outside = sum(n for name, n in base.items() if ".layers." not in name)  # embedding and head
-    reused = max(zero.get("stage3_max_live_parameters", 1e9), zero.get("stage3_max_reuse_distance", 1e9), layer)
+    # A layer that has run forward is needed again when those behind it have run forward and backward, with checkpointing
+    # forward once more in between: the distance counts each of them as often.
+    again = zero.get("stage3_max_reuse_distance", 1e9) / (3 if args.gradient_checkpointing else 2)
+    reused = max(zero.get("stage3_max_live_parameters", 1e9), again, layer)
     if not args.gradient_checkpointing and not zero.get("memory_efficient_linear", True):
         reused = base_total
     dropout = 3 if args.lora_dropout else 0  # a copy and a one-byte mask of every adapter's input
     per_token = (16 * hidden + 6 * inner) * size + (6 * hidden + inner) * dropout
     checkpointed = layers * hidden * size if args.gradient_checkpointing else 0
+    bucket = zero.get("reduce_bucket_size", 5e8)  # allocated whole, however few train
+    if not zero.get("contiguous_gradients", True):
+        bucket = min(bucket, lora_total)
     layer_activations = tokens * per_token * (IN_USE if args.gradient_checkpointing else layers)
     logits = tokens * plan["answer_share"] * vocab * 20
     parts = {
         "weight shard": base_total * size / world,
         "LoRA states": lora_resident * size + lora_total / world * (size + 16),
         "gathered layers": (min(reused, base_total - outside) + outside) * size if world > 1 else 0,
-        "reduce bucket": min(zero.get("reduce_bucket_size", 5e8), lora_total) * size,
+        "reduce bucket": bucket * size,
         "checkpointed inputs": checkpointed * tokens,
         "layer activations": layer_activations,
         "logits and loss": max(0, logits - layer_activations if args.gradient_checkpointing else logits),
