@@ -271,6 +271,14 @@ def test_what_must_be_the_same_on_which_machine():
     assert reference.differences(other, theirs) == ["first_tokens"]
 
 
+def test_losses_may_differ_as_processors_round():
+    theirs = json.loads((reference.REFERENCE / "finetune" / "fingerprint.json").read_text())
+    for factor, found in ((1 + 1e-6, []), (1 + 1e-4, ["losses"])):
+        ours = theirs | {"losses": [loss * factor for loss in theirs["losses"]]}
+        assert reference.differences(ours, theirs) == found
+    assert reference.differences(theirs | {"losses": theirs["losses"][1:]}, theirs) == ["losses"]
+
+
 def test_the_reference_names_no_machine():
     for path in reference.REFERENCE.rglob("*"):
         if path.is_file():
