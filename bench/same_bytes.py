@@ -132,11 +132,16 @@ def main() -> int:
         )
         return 2
     folder = Path(given.folder or FOLDER / time.strftime("%Y%m%d-%H%M%S")).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: --folder {folder}: cannot be made ({error.strerror})", file=sys.stderr)
+        return 2
 
     def job(name: str) -> dict:
         try:
             return run(name, command, folder / name, len(distinct) // 4)
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"{name}: failed, {error}", flush=True)
             return {"run": name, "error": str(error)}
 

@@ -456,9 +456,12 @@ def line(row: dict) -> str:
 
 def read_part(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        part = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"--merge {path}: cannot be read ({error})") from error
+    if not isinstance(part, dict) or not {"workload", "hardware", "commit", "link", "rows"} <= part.keys():
+        raise UserError(f"--merge {path}: not a file that --part has written")
+    return part
 
 
 def rates_of(rows: list[dict]) -> dict[str, float]:

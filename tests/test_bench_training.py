@@ -208,6 +208,12 @@ def test_a_row_that_ran_several_times_counts_with_its_median():
     assert train_throughput.rates_of(rows) == {"ours": 200, "starter": 2}
 
 
+def test_a_part_is_what_a_command_wrote(tmp_path):
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    with pytest.raises(UserError, match="other.json: not a file that --part has written"):
+        train_throughput.read_part(tmp_path / "other.json")
+
+
 @pytest.mark.parametrize("change", [{"workload": {"seed": 1}}, {"hardware": "V100"}, {"commit": "def"}])
 def test_parts_that_do_not_belong_together_are_refused(change):
     with pytest.raises(UserError, match=f"differ in {next(iter(change))}"):
