@@ -210,7 +210,7 @@ def test_a_row_that_ran_several_times_counts_with_its_median():
 
 def test_a_part_is_what_a_command_wrote(tmp_path):
     (tmp_path / "other.json").write_text('{"rows": []}')
-    with pytest.raises(UserError, match="other.json: not a file that --part has written"):
+    with pytest.raises(UserError, match=r"other\.json: not a file that --part has written"):
         train_throughput.read_part(tmp_path / "other.json")
 
 
