@@ -12,6 +12,7 @@ from harness import ROOT
 sys.path.append(str(ROOT / "bench"))
 import offline_throughput
 import qwen_shape
+import same_bytes
 
 from workbench import UserError
 
@@ -99,3 +100,24 @@ def test_rows_on_the_cpu(tiny_qwen2, tmp_path):
     rows = json.loads((tmp_path / "part.json").read_text())["rows"]
     assert [row["row"] for row in rows] == ["fast", "batches_32", "transformers", "fast_on_the_same"]
     assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_same_bytes_compares_the_runs_that_ended():
+    """In the order asked for, whichever ended first; a failed run is no identical one."""
+    settings = {"engine_args": {}, "cpu_capability": "AVX2", "versions": {}}
+    same = {"command": [], "settings": settings, "sha256": "a", "outputs": ["x", "y"]}
+    results = [
+        {"run": "other"} | same | {"sha256": "b", "outputs": ["x", "z"]},
+        {"run": "failed", "error": "exit code 2"},
+        {"run": "first"} | same,
+    ]
+    compared = same_bytes.compare(results, ["first", "failed", "other"])
+    assert compared["identical_runs"] == 1
+    assert [row["run"] for row in compared["runs"]] == ["first", "failed", "other"]
+    assert compared["runs"][2] == {
+        "run": "other",
+        "sha256": "b",
+        "different_records": 1,
+        "first_different_record": 1,
+    }
+    assert same_bytes.compare(results[1:2], ["failed"])["identical_runs"] == 0
