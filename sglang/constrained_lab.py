@@ -128,7 +128,7 @@ def measure_all(flags: Flags, folder: Path, drawn: dict) -> None:
     machine, found = runtime.Machine(flags.device), {}
     preflight.look_at_packages()
     preflight.look_at_gpus(first, machine)
-    preflight.look_at_kernel_tools(first)
+    preflight.look_at_kernel_tools(first, machine)
     preflight.look_at_model(first, found)
     if flags.device == "cpu":  # once, for all engines
         runtime.skip_other_models(found["model"].config["architectures"])

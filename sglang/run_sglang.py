@@ -163,7 +163,7 @@ def job(args: Arguments) -> int:
     partial.close()
     if not summary["failed_records"]:
         partial.remove()
-    report.print_end(args, summary, runtime.serve_line(args, chosen))
+    report.print_end(args, summary, runtime.serve_line(args, machine, chosen))
     return 3 if summary["failed_records"] else 0
 
 

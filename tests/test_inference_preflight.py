@@ -1,8 +1,11 @@
 """What stops a run before the engine starts: one line with what was found and the cure, exit code 2."""
 
+import importlib.util
 import json
+import os
 import shutil
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -140,18 +143,59 @@ def test_kernel_tools(monkeypatch, tmp_path):
     monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path))
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setenv("CUDA_HOME", nvcc(tmp_path / "13", "13.2"))
-    assert "nvcc of CUDA 13 in" in preflight.look_at_kernel_tools(Arguments())
+    assert "nvcc of CUDA 13 in" in preflight.look_at_kernel_tools(Arguments(), Machine("cuda"))
     # One of another major version is replaced by the wheel's, and that is said.
     monkeypatch.setenv("CUDA_HOME", nvcc(tmp_path / "12", "12.4"))
-    assert "the wheel's own (CUDA_HOME was " in preflight.look_at_kernel_tools(Arguments())
+    machine = Machine("cuda")
+    monkeypatch.setattr(preflight, "driver_library", lambda: tmp_path / "libcuda.so.580")
+    monkeypatch.setenv("LIBRARY_PATH", "/elsewhere")
+    assert "the wheel's own (CUDA_HOME was " in preflight.look_at_kernel_tools(Arguments(), machine)
+    assert os.environ["CUDA_HOME"] == machine.compiler["CUDA_HOME"] != str(tmp_path / "12")
+    assert (
+        os.environ["LIBRARY_PATH"]
+        == machine.compiler["LIBRARY_PATH"]
+        == f"{tmp_path}/.cache/cuda-libraries:/elsewhere"
+    )
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "12"))
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "g++" else name)
     with pytest.raises(UserError, match=r"g\+\+ is not on the PATH .*module load gcc"):
-        preflight.look_at_kernel_tools(Arguments())
+        preflight.look_at_kernel_tools(Arguments(), Machine("cuda"))
     monkeypatch.setattr(shutil, "which", lambda name: name)
     (tmp_path / "file").touch()
     monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"kernels cannot be stored there .* set LLM_STORAGE"):
-        preflight.look_at_kernel_tools(Arguments())
+        preflight.look_at_kernel_tools(Arguments(), Machine("cuda"))
+
+
+def test_the_wheels_compile_flashinfers_kernels(tmp_path):
+    """On a machine without a CUDA toolkit: nvcc, its headers and those FlashInfer ships must be of one version, and
+    the linker must find the runtime and the driver."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here")
+    driver = tmp_path / "libcuda.so.1"
+    (tmp_path / "driver.cpp").write_text('extern "C" int cuInit(unsigned) { return 0; }')
+    words = ["g++", "-shared", str(tmp_path / "driver.cpp"), "-o", str(driver), f"-Wl,-soname,{driver.name}"]
+    subprocess.run(words, check=True)
+    (cuda,) = (Path(path) / "cu13" for path in importlib.util.find_spec("nvidia").submodule_search_locations)
+    for _ in range(2):  # links that are there are replaced
+        variables = preflight.compiler_of_wheels(cuda, driver, tmp_path / "links")
+    (tmp_path / "probe.cu").write_text(
+        "#include <cooperative_groups/reduce.h>\n#include <cuda.h>\n#include <cuda/std/type_traits>\n"
+        "__global__ void kernel() {}\nint probe() { kernel<<<1, 1>>>(); return cuInit(0) + cudaDeviceSynchronize(); }\n"
+    )
+    program = (
+        "import sys\nfrom flashinfer.jit.core import gen_jit_spec\n"
+        "spec = gen_jit_spec('probe', [sys.argv[1]])\nspec.build(verbose=False)\nprint(spec.jit_library_path)"
+    )
+    variables |= {"FLASHINFER_WORKSPACE_BASE": str(tmp_path), "FLASHINFER_CUDA_ARCH_LIST": "9.0a"}
+    command = [sys.executable, "-P", "-c", program, str(tmp_path / "probe.cu")]
+    built = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    needed = subprocess.run(
+        ["ldd", built.stdout.split()[-1]], capture_output=True, text=True, check=True
+    ).stdout
+    assert "libcuda.so.1" in needed
+    assert "libcudart.so.13" in needed
 
 
 def test_missing_and_stale_plugins(monkeypatch, tmp_path):

@@ -292,7 +292,7 @@ def test_serve_line_quotes_what_a_shell_would_split():
         "json_model_override_args": ('{"a": null}', "x"),
         "lora_paths": ({"/b/c d": "/b/c d"}, "x"),
     }
-    words = shlex.split(engine.serve_line(Arguments(), chosen))
+    words = shlex.split(engine.serve_line(Arguments(), Machine("cuda"), chosen))
     assert words[words.index("--model-path") + 1] == "/a folder/model"
     assert words[words.index("--lora-paths") + 1] == "c d=/b/c d"
     assert words[0] == "RUNTIME_PLUGINS=deterministic_radix,lean_sampler"

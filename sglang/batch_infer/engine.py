@@ -48,6 +48,7 @@ class Machine:
     memory_gib: float = 0.0
     bandwidth: float = 0.0  # bytes/s, from the memory's clock and bus width
     flops: float = 0.0  # dense fp16/bf16 tensor FLOP/s, from cores and clock
+    compiler: dict[str, str] = field(default_factory=dict)  # environment of the wheel's nvcc, where it is used
 
 
 @dataclass
@@ -293,9 +294,10 @@ def environment(args: Arguments) -> dict[str, str]:
     return {"RUNTIME_PLUGINS": ",".join([*keep_radix, *jump_forward, "lean_sampler"])} | whole_answers
 
 
-def serve_line(args: Arguments, chosen: Choices) -> str:
+def serve_line(args: Arguments, machine: Machine, chosen: Choices) -> str:
     """The shell command of an OpenAI-compatible server on 127.0.0.1 with the same engine."""
-    words = [f"{name}={shlex.quote(value)}" for name, value in environment(args).items()]
+    variables = environment(args) | machine.compiler
+    words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
     words += ["sglang", "serve", "--model-type", "llm"]
     for name, (value, _) in chosen.items():
         flag = f"--{name.replace('_', '-')}"

@@ -184,13 +184,14 @@ def look_at_gpus(args: Arguments, machine: Machine) -> str:
     return f"WARN: {found}; {shared}" if shared else found
 
 
-def look_at_kernel_tools(args: Arguments) -> str | None:
-    """FlashInfer compiles kernels at first use: nvcc of torch's CUDA major version, g++, ninja, a cache."""
+def look_at_kernel_tools(args: Arguments, machine: Machine) -> str | None:
+    """FlashInfer compiles kernels at first use: nvcc of torch's CUDA major version, g++, ninja, a cache. Fills
+    machine.compiler where the nvcc is the wheel's own."""
     if args.device == "cpu":
         return None
     major = int((torch_cuda() or "0").split(".")[0])
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    note = ""
+    own, note = None, ""
     if nvcc_major(home) != major:
         wheel = importlib.util.find_spec("nvidia")
         folders = [Path(path) / f"cu{major}" for path in wheel.submodule_search_locations] if wheel else []
@@ -200,7 +201,6 @@ def look_at_kernel_tools(args: Arguments) -> str | None:
                 f"no nvcc of CUDA {major} (CUDA_HOME={home or 'not set'}) and the wheel's own is missing; run `make "
                 "install`, or load the cluster's CUDA module"
             )
-        os.environ["CUDA_HOME"] = own
         note = f"the wheel's own (CUDA_HOME was {home or 'not set'})"
     for tool, cure in (("g++", "load a compiler module (module load gcc)"), ("ninja", "run `make install`")):
         if shutil.which(tool) is None:
@@ -212,11 +212,34 @@ def look_at_kernel_tools(args: Arguments) -> str | None:
         probe = cache / ".probe"
         probe.write_bytes(b"x" * 2**20)
         probe.unlink()
+        if own:
+            machine.compiler = compiler_of_wheels(
+                Path(own), driver_library(), base / ".cache" / "cuda-libraries"
+            )
+            os.environ.update(machine.compiler)
     except OSError as error:
         raise UserError(
             f"{cache}: kernels cannot be stored there ({error.strerror}); set LLM_STORAGE"
         ) from error
     return f"nvcc of CUDA {major} {note or 'in ' + str(home)}, g++, ninja, kernel cache {cache}"
+
+
+def compiler_of_wheels(cuda: Path, driver: Path, folder: Path) -> dict[str, str]:
+    """The environment in which the wheel's nvcc builds FlashInfer's kernels. They are linked with -lcudart and -lcuda,
+    but wheels have libcudart.so.13 and drivers may have libcuda.so.1 only: `folder` gets links without the number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for library in (next((cuda / "lib").glob("libcudart.so.*")), driver):
+        fresh = folder / f".{library.name}.{os.getpid()}"  # another job may be linking now
+        fresh.symlink_to(library)
+        fresh.replace(folder / f"{library.name.partition('.')[0]}.so")
+    paths = dict.fromkeys([str(folder), *filter(None, os.environ.get("LIBRARY_PATH", "").split(":"))])
+    return {"CUDA_HOME": str(cuda), "LIBRARY_PATH": ":".join(paths)}
+
+
+def driver_library() -> Path:
+    """The file that "libcuda.so.1" loads."""
+    ctypes.CDLL("libcuda.so.1")
+    return Path(re.search(r"/\S*/libcuda\.so\S*", Path("/proc/self/maps").read_text())[0])
 
 
 def nvcc_major(home: str | None) -> int | None:
@@ -433,7 +456,7 @@ def run(args: Arguments, machine: Machine) -> dict:
     table.check("packages", look_at_packages)
     # Login nodes, where one downloads, have no GPU.
     if not args.download_only and table.check("GPUs", lambda: look_at_gpus(args, machine)):
-        table.check("kernel tools", lambda: look_at_kernel_tools(args))
+        table.check("kernel tools", lambda: look_at_kernel_tools(args, machine))
     model = table.check("model", lambda: look_at_model(args, found))
     if table.check("prompts", lambda: look_at_prompts(args, found)) and not args.download_only:
         if model:
