@@ -23,7 +23,7 @@ MUST_MATCH = (
     "gpu_name",
     "cpu_capability",
     "lock_sha256",
-    "sampler_sha256",  # on GPUs
+    "kernels_sha256",  # on GPUs
     "profile",
     "model_revision",
     "weights_id",

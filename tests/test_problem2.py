@@ -152,7 +152,10 @@ def test_2b_2c_a_stopped_job_ends_without_the_rest(ask):
 
 def test_2d_the_reproducible_profile_keeps_the_radix_cache():
     def plugins(**flags) -> set[str]:
-        return set(environment(Arguments(**flags))["RUNTIME_PLUGINS"].split(",")) - {"lean_sampler"}
+        return set(environment(Arguments(**flags))["RUNTIME_PLUGINS"].split(",")) - {
+            "lean_sampler",
+            "fused_norm",
+        }
 
     assert plugins() == {"deterministic_radix"}
     assert plugins(jump_forward=True) == {"deterministic_radix", "jump_forward"}

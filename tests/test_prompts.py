@@ -295,7 +295,7 @@ def test_serve_line_quotes_what_a_shell_would_split():
     words = shlex.split(engine.serve_line(Arguments(), Machine("cuda"), chosen))
     assert words[words.index("--model-path") + 1] == "/a folder/model"
     assert words[words.index("--lora-paths") + 1] == "c d=/b/c d"
-    assert words[0] == "RUNTIME_PLUGINS=deterministic_radix,lean_sampler"
+    assert words[0] == "RUNTIME_PLUGINS=deterministic_radix,fused_norm,lean_sampler"
     assert words[-2:] == ["--host", "127.0.0.1"]
 
 

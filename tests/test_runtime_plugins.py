@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness import ROOT, fork
-from runtime_plugins import check_target, cpu, deterministic_radix, lean_sampler
+from runtime_plugins import check_target, cpu, deterministic_radix, fused_norm, lean_sampler
 from workbench.machine import driver_version
 
 
@@ -47,6 +47,7 @@ def test_nothing_happens_unless_the_cpu_was_asked_for(runtime, monkeypatch, tmp_
         cpu.register()
         deterministic_radix.register()
         lean_sampler.register()
+        fused_norm.register()
         tail = ["sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len"]
         assert list(HookRegistry._hooks) == (tail if asked else [])
         assert torch.Tensor.pin_memory is pin
@@ -226,6 +227,7 @@ def test_lean_sampler_takes_the_place_of_both_backends(runtime, monkeypatch, tmp
     def check() -> None:
         from types import SimpleNamespace
 
+        import torch
         from sglang.srt.layers import sampler
 
         lean_sampler.register()
@@ -233,7 +235,8 @@ def test_lean_sampler_takes_the_place_of_both_backends(runtime, monkeypatch, tmp
         lean.__init__ = lambda self: None
         assert [type(made[backend]()) for backend in ("flashinfer", "pytorch")] == [lean] * 2
         asked = []
-        sampler.Sampler.forward = lambda self, *given: asked.append(given)
+        sampler.Sampler.forward = lambda self, *given: asked.append(given[0].next_token_logits.dtype)
+        logits = torch.zeros(1, 4, dtype=torch.bfloat16)
         plain = {"is_all_greedy": False, "need_top_p_sampling": True, "need_top_k_sampling": False}
         plain |= {"need_min_p_sampling": False, "has_custom_logit_processor": False}
         plain |= {"sampling_seed": [1], "return_sampling_masks": None}
@@ -245,9 +248,99 @@ def test_lean_sampler_takes_the_place_of_both_backends(runtime, monkeypatch, tmp
             {"has_custom_logit_processor": True},
             {"return_sampling_masks": [False, True]},
         ):
-            lean.forward(made["pytorch"](), None, SimpleNamespace(**plain | change), False, [], [], None)
-        lean.forward(made["pytorch"](), None, SimpleNamespace(**plain), True, [], [], None)
-        assert len(asked) == 7
+            output, info = SimpleNamespace(next_token_logits=logits), SimpleNamespace(**plain | change)
+            lean.forward(made["pytorch"](), output, info, False, [], [], None)
+        output = SimpleNamespace(next_token_logits=logits)
+        lean.forward(made["pytorch"](), output, SimpleNamespace(**plain), True, [], [], None)
+        assert asked == [torch.float32] * 7
+
+    in_child(check, tmp_path)
+
+
+def test_logits_stay_in_16_bits_until_something_changes_them():
+    from types import SimpleNamespace
+
+    import torch
+
+    shared = torch.zeros(4, 6)  # SGLang's buffer, of which a graph of two requests gets two rows
+    step = SimpleNamespace(
+        next_token_logits_buffer=shared[:2], forward_mode=SimpleNamespace(is_decode=lambda: True)
+    )
+    processor, logits = SimpleNamespace(final_logit_softcapping=None), torch.randn(2, 6).bfloat16()
+
+    def widened(self, logits, step, use_buffer):
+        return logits.float()
+
+    kept = lean_sampler.keep_16_bits(widened, processor, logits, step)
+    assert torch.equal(kept, logits)
+    assert kept.dtype == torch.bfloat16
+    assert kept.data_ptr() == shared.data_ptr()
+    prefill = SimpleNamespace(
+        next_token_logits_buffer=shared[:2], forward_mode=SimpleNamespace(is_decode=lambda: False)
+    )
+    capped = SimpleNamespace(final_logit_softcapping=30.0)
+    for given in (
+        (processor, logits, prefill),
+        (processor, logits, step, False),
+        (processor, logits[:1], step),
+        (processor, logits.float(), step),
+        (capped, logits, step),
+    ):
+        assert lean_sampler.keep_16_bits(widened, *given).dtype == torch.float32
+
+    nothing = {
+        "acc_additive_penalties": None,
+        "acc_scaling_penalties": None,
+        "logit_bias": None,
+        "grammars": None,
+    }
+    nothing |= {"penalizer_orchestrator": SimpleNamespace(is_required=False)}
+    for change, expected in (
+        ({}, torch.bfloat16),
+        ({"grammars": [None, None]}, torch.bfloat16),
+        ({"grammars": [None, object()]}, torch.float32),
+        ({"logit_bias": torch.zeros(2, 6)}, torch.float32),
+        ({"acc_additive_penalties": torch.zeros(2, 6)}, torch.float32),
+        ({"acc_scaling_penalties": torch.ones(2, 6)}, torch.float32),
+        ({"penalizer_orchestrator": SimpleNamespace(is_required=True)}, torch.float32),
+    ):
+        output, seen = SimpleNamespace(next_token_logits=logits), []
+        lean_sampler.widen_what_changes(
+            lambda self, output, info, seen=seen: seen.append(output.next_token_logits.dtype),
+            None,
+            output,
+            SimpleNamespace(**nothing | change),
+        )
+        assert seen == [expected], change
+
+
+def test_the_fused_norm_is_for_plain_layers_with_a_residual(runtime, tmp_path):
+    def check() -> None:
+        from types import SimpleNamespace
+
+        import torch
+        from sglang.srt.layers import layernorm
+
+        asked = []
+        layernorm.fused_add_rmsnorm = lambda *given: asked.append(given)
+        layer = {"variance_size_override": None, "cast_x_before_out_mul": False, "variance_epsilon": 1e-6}
+        layer |= {"weight": torch.ones(4)}
+        x, residual = torch.ones(2, 4), torch.ones(2, 4)
+        fused = fused_norm.in_one_kernel(None, SimpleNamespace(**layer), x, residual)
+        assert fused[0] is x
+        assert fused[1] is residual
+        assert len(asked) == 1
+        fused_norm.in_one_kernel(None, SimpleNamespace(**layer), x[:0], residual[:0])
+        for given, change in (
+            ((x,), {}),
+            ((x, residual, residual), {}),
+            ((x, residual), {"variance_size_override": 2}),
+            ((x, residual), {"cast_x_before_out_mul": True}),
+            ((x.half(), residual), {}),
+        ):
+            own = SimpleNamespace(**layer | change)
+            assert fused_norm.in_one_kernel(lambda self, *given: "its own", own, *given) == "its own"
+        assert len(asked) == 1
 
     in_child(check, tmp_path)
 
@@ -265,9 +358,9 @@ device, vocabulary, rows, draws = sys.argv[2], int(sys.argv[3]), int(sys.argv[4]
 if device == "cpu":
     seeded_top_p.BLOCK = 64  # several blocks a row
 torch.manual_seed(0)
-for scale in (0.02, float(sys.argv[6])):
+for scale, dtype in ((0.02, torch.float32), (1.0, torch.bfloat16), (float(sys.argv[6]), torch.float32)):
     given = (
-        torch.randn(rows, vocabulary, device=device) * scale,
+        torch.randn(rows, vocabulary, device=device, dtype=dtype) * scale,
         torch.full((rows,), 0.7, device=device),
         torch.full((rows,), 0.9, device=device),
         torch.arange(rows, device=device) * 7919,
@@ -278,6 +371,8 @@ for scale in (0.02, float(sys.argv[6])):
         part = torch.randperm(rows, device=device)[:n]
         again = seeded_top_p.seeded_top_p(*(values[part] for values in given))
         assert torch.equal(again, whole[part]), (scale, n)
+    wide = seeded_top_p.seeded_top_p(given[0].float(), *given[1:])
+    assert torch.equal(wide, whole), "16 bits are widened exactly"
 
 probs = torch.softmax(given[0][0] / 0.7, dim=-1)
 ordered, tokens = probs.sort(descending=True)

@@ -291,7 +291,10 @@ def environment(args: Arguments) -> dict[str, str]:
     # cluster tell.)
     keep_radix = ["deterministic_radix"] if args.reproducible else []
     # End of problem 2d
-    return {"RUNTIME_PLUGINS": ",".join([*keep_radix, *jump_forward, "lean_sampler"])} | whole_answers
+    fused_norm = ["fused_norm"] if args.reproducible else []
+    return {
+        "RUNTIME_PLUGINS": ",".join([*keep_radix, *fused_norm, *jump_forward, "lean_sampler"])
+    } | whole_answers
 
 
 def serve_line(args: Arguments, machine: Machine, chosen: Choices) -> str:

@@ -115,9 +115,10 @@ def machine_of(args: Arguments, machine: Machine) -> dict:
         import runtime_plugins
 
         files = [
-            Path(runtime_plugins.__file__).with_name(name) for name in ("lean_sampler.py", "seeded_top_p.py")
+            Path(runtime_plugins.__file__).with_name(name)
+            for name in ("fused_norm.py", "lean_sampler.py", "seeded_top_p.py")
         ]
-        own["sampler_sha256"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+        own["kernels_sha256"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return own | {
         "gpu_name": machine.gpu_name,
         "cpu_capability": torch.backends.cpu.get_cpu_capability() if args.device == "cpu" else None,

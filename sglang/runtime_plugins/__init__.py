@@ -4,10 +4,11 @@ Nothing here is active unless the environment variable RUNTIME_PLUGINS names it,
 
     cpu                  the Runtime on any CPU (needs SGLANG_PLATFORM=plain_cpu too)
     deterministic_radix  FlashInfer keeps the radix cache in SGLang's deterministic mode
+    fused_norm           RMSNorm stays one kernel in SGLang's deterministic mode (GPU)
     radix_trace          the radix tree is written to the file that RADIX_TRACE names, event by event
     jump_forward         text that a grammar forces is computed in one pass (run_sglang.py --jump_forward)
     count_passes         the engine's state says how many forward passes it ran (for measurements)
-    lean_sampler         top-p sampling with fewer passes over the logits (GPU)
+    lean_sampler         top-p sampling with fewer passes over logits in 16 bits (GPU)
     answer_lengths       a request ends at its own custom_params["answer_tokens"] (for measurements)
 
 `run_sglang.py` sets these variables for its own engine and prints them with its `sglang serve` line.

@@ -5,65 +5,83 @@ import triton
 import triton.language as tl
 
 BLOCK, WARPS = 8192, 16
+LOWEST = tl.constexpr(-3.4e38)
 MOST_ROUNDS = tl.constexpr(64)  # each but the first follows a rejection, whose chance is at most 1 - top_p
 
 
 @triton.jit
-def draw(logits, row_stride, temperatures, top_ps, seeds, positions, tokens, vocabulary, BLOCK: tl.constexpr):
+def draw(
+    logits,
+    row_stride,
+    temperatures,
+    top_ps,
+    seeds,
+    positions,
+    tokens,
+    vocabulary,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     """A program per row, which sums up in the same order whatever other rows there are.
 
     Top-p without sorting, by rejection (FlashInfer's idea, flashinfer.ai/2025/03/10/sampling.html): draw from the
     softmax; the token belongs to the nucleus if the tokens above it have less than top_p; if not, draw again from
     those above it. Numbers are Philox's for (seed, position, round). Weights are exp((logit - largest) / T), so the
     largest is 1 and nothing needs dividing by their sum.
+
+    Lane i holds what tokens i, i + BLOCK, i + 2 BLOCK, ... have together. A draw takes a lane by these sums and then one
+    of its tokens, so a row is read twice: for the sums, and for what lies above the token. After a rejection the second
+    reading's sums are those of the next draw.
     """
     row = tl.program_id(0)
     logits += row.to(tl.int64) * row_stride
     temperature = tl.load(temperatures + row)
-    columns = tl.arange(0, BLOCK)
+    lanes, members = tl.arange(0, BLOCK), tl.arange(0, BLOCKS)
 
-    largest, best = -float("inf"), 0
+    most, sums = tl.full([BLOCK], LOWEST, tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocabulary, BLOCK):
-        x = tl.load(logits + start + columns, mask=start + columns < vocabulary, other=-float("inf"))
-        highest, where = tl.max(x, axis=0, return_indices=True)
-        best = tl.where(highest > largest, start + where, best)
-        largest = tl.maximum(largest, highest)
-    total = 0.0
-    for start in range(0, vocabulary, BLOCK):
-        x = tl.load(logits + start + columns, mask=start + columns < vocabulary, other=-float("inf"))
-        total += tl.sum(tl.exp((x - largest) / temperature), axis=0)
+        x = tl.load(logits + start + lanes, mask=start + lanes < vocabulary, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(most, x)
+        sums = sums * tl.exp((most - higher) / temperature) + tl.exp((x - higher) / temperature)
+        most = higher
+    largest = tl.max(most, axis=0)
+    sums *= tl.exp((most - largest) / temperature)
+    mass = tl.sum(sums, axis=0)
 
-    nucleus = tl.load(top_ps + row) * total
+    nucleus = tl.load(top_ps + row) * mass
     seed, position = tl.load(seeds + row), tl.load(positions + row).to(tl.int32)
-    floor, mass, token, tries = -float("inf"), total, best, 0
+    floor, token, tries = -float("inf"), 0, 0
     while tries < MOST_ROUNDS:
         target = tl.rand(seed, position * MOST_ROUNDS + tries) * mass
-        token = -1
-        below = 0.0
+        upto = tl.cumsum(sums, axis=0)
+        lane = tl.min(tl.where((upto > target) & (sums > 0), lanes, BLOCK), axis=0)
+        lane = tl.where(
+            lane < BLOCK, lane, tl.argmax(sums, axis=0)
+        )  # rounding: the target lies behind them all
+        before = tl.sum(tl.where(lanes == lane, upto - sums, 0.0), axis=0)
+        places = lane + members * BLOCK
+        x = tl.load(logits + places, mask=places < vocabulary, other=-float("inf")).to(tl.float32)
+        weights = tl.where(x > floor, tl.exp((x - largest) / temperature), 0.0)
+        reached = (before + tl.cumsum(weights, axis=0) > target) & (weights > 0)
+        member = tl.min(tl.where(reached, members, BLOCKS), axis=0)
+        member = tl.where(member < BLOCKS, member, tl.argmax(weights, axis=0))
+        token = tl.minimum(lane + member * BLOCK, vocabulary - 1)  # logits that are no numbers give any token
+
+        drawn = tl.load(logits + token).to(tl.float32)
+        above = tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocabulary, BLOCK):
-            x = tl.load(logits + start + columns, mask=start + columns < vocabulary, other=-float("inf"))
-            weight = tl.where(x > floor, tl.exp((x - largest) / temperature), 0.0)
-            here = tl.sum(weight, axis=0)
-            if (token < 0) & (below + here > target):
-                reached = (below + tl.cumsum(weight, axis=0) > target) & (weight > 0)
-                first = tl.min(tl.where(reached, columns, BLOCK), axis=0)
-                token = tl.where(first < BLOCK, start + first, token)
-            below += here
-        token = tl.where(token < 0, best, token)  # rounding: the target lies behind the last token
-        drawn = tl.load(logits + token)
-        above = 0.0
-        for start in range(0, vocabulary, BLOCK):
-            x = tl.load(logits + start + columns, mask=start + columns < vocabulary, other=-float("inf"))
-            above += tl.sum(tl.where(x > drawn, tl.exp((x - largest) / temperature), 0.0), axis=0)
-        rejected = above > nucleus
-        floor, mass = drawn, above
-        tries = tl.where(rejected, tries + 1, MOST_ROUNDS)
+            x = tl.load(logits + start + lanes, mask=start + lanes < vocabulary, other=-float("inf")).to(
+                tl.float32
+            )
+            above += tl.where(x > drawn, tl.exp((x - largest) / temperature), 0.0)
+        floor, sums, mass = drawn, above, tl.sum(above, axis=0)
+        tries = tl.where(mass > nucleus, tries + 1, MOST_ROUNDS)
     tl.store(tokens + row, token)
 
 
 def seeded_top_p(logits, temperatures, top_ps, seeds, positions):
-    """A token per row, (batch,) int32, of `logits` (batch, vocabulary); all others have one value per row. The
-    same for a row in any batch, for its seed and position."""
+    """A token per row, (batch,) int32, of `logits` (batch, vocabulary), in 16 or 32 bits; all others have one value per
+    row. The same for a row in any batch, for its seed and position."""
     tokens = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
     draw[(len(logits),)](
         logits,
@@ -75,6 +93,7 @@ def seeded_top_p(logits, temperatures, top_ps, seeds, positions):
         tokens,
         logits.shape[1],
         BLOCK=BLOCK,
+        BLOCKS=triton.next_power_of_2(triton.cdiv(logits.shape[1], BLOCK)),
         num_warps=WARPS,
     )
     return tokens
