@@ -397,6 +397,31 @@ assert seeded_top_p.seeded_top_p(broken, *(v[:1] for v in given[1:])).shape == (
 """
 
 
+COMPILE = """
+import sys
+
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.append(sys.argv[1])
+from runtime_plugins import seeded_top_p
+
+sizes = {"BLOCK": seeded_top_p.BLOCK, "BLOCKS": 32}
+types = {"row_stride": "i64", "temperatures": "*fp32", "top_ps": "*fp32", "seeds": "*i64", "positions": "*i64"}
+types |= {"tokens": "*i32", "vocabulary": "i32"} | dict.fromkeys(sizes, "constexpr")
+for logits in ("*bf16", "*fp16", "*fp32"):
+    source = ASTSource(fn=seeded_top_p.draw, signature={"logits": logits} | types, constexprs=sizes)
+    compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": seeded_top_p.WARPS})
+"""
+
+
+def test_the_seeded_kernel_compiles_without_a_gpu(tmp_path):
+    """Triton's compiler refuses what its interpreter takes."""
+    variables = {"TRITON_INTERPRET": "0", "TRITON_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", COMPILE, ROOT / "sglang"], check=True, env=os.environ | variables)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -35,17 +35,17 @@ def draw(
     """
     row = tl.program_id(0)
     logits += row.to(tl.int64) * row_stride
-    temperature = tl.load(temperatures + row)
+    scale = 1.4426950408889634 / tl.load(temperatures + row)  # exp(x / T) = 2 ** (x * scale)
     lanes, members = tl.arange(0, BLOCK), tl.arange(0, BLOCKS)
 
     most, sums = tl.full([BLOCK], LOWEST, tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocabulary, BLOCK):
         x = tl.load(logits + start + lanes, mask=start + lanes < vocabulary, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(most, x)
-        sums = sums * tl.exp((most - higher) / temperature) + tl.exp((x - higher) / temperature)
+        sums = sums * tl.exp2((most - higher) * scale) + tl.exp2((x - higher) * scale)
         most = higher
     largest = tl.max(most, axis=0)
-    sums *= tl.exp((most - largest) / temperature)
+    sums *= tl.exp2((most - largest) * scale)
     mass = tl.sum(sums, axis=0)
 
     nucleus = tl.load(top_ps + row) * mass
@@ -60,8 +60,8 @@ def draw(
         )  # rounding: the target lies behind them all
         before = tl.sum(tl.where(lanes == lane, upto - sums, 0.0), axis=0)
         places = lane + members * BLOCK
-        x = tl.load(logits + places, mask=places < vocabulary, other=-float("inf")).to(tl.float32)
-        weights = tl.where(x > floor, tl.exp((x - largest) / temperature), 0.0)
+        few = tl.load(logits + places, mask=places < vocabulary, other=-float("inf")).to(tl.float32)
+        weights = tl.where(few > floor, tl.exp2((few - largest) * scale), 0.0)
         reached = (before + tl.cumsum(weights, axis=0) > target) & (weights > 0)
         member = tl.min(tl.where(reached, members, BLOCKS), axis=0)
         member = tl.where(member < BLOCKS, member, tl.argmax(weights, axis=0))
@@ -73,7 +73,7 @@ def draw(
             x = tl.load(logits + start + lanes, mask=start + lanes < vocabulary, other=-float("inf")).to(
                 tl.float32
             )
-            above += tl.where(x > drawn, tl.exp((x - largest) / temperature), 0.0)
+            above += tl.where(x > drawn, tl.exp2((x - largest) * scale), 0.0)
         floor, sums, mass = drawn, above, tl.sum(above, axis=0)
         tries = tl.where(mass > nucleus, tries + 1, MOST_ROUNDS)
     tl.store(tokens + row, token)
