@@ -263,42 +263,37 @@ def test_logits_stay_in_16_bits_until_something_changes_them():
     import torch
 
     shared = torch.zeros(4, 6)  # SGLang's buffer, of which a graph of two requests gets two rows
-    step = SimpleNamespace(
-        next_token_logits_buffer=shared[:2], forward_mode=SimpleNamespace(is_decode=lambda: True)
-    )
-    processor, logits = SimpleNamespace(final_logit_softcapping=None), torch.randn(2, 6).bfloat16()
+    plain = {"next_token_logits_buffer": shared[:2], "extend_return_logprob": False}
+    processor = SimpleNamespace(final_logit_softcapping=None, vocab_size=6)
+    logits = torch.randn(2, 6).bfloat16()
 
-    def widened(self, logits, step, use_buffer):
-        return logits.float()
+    def asked(logits=logits, own=processor, mode="DECODE", **changes):
+        step = SimpleNamespace(forward_mode=SimpleNamespace(name=mode), **plain | changes)
+        return lean_sampler.keep_16_bits(lambda self, logits, step, use: logits.float(), own, logits, step)
 
-    kept = lean_sampler.keep_16_bits(widened, processor, logits, step)
+    kept = asked()
     assert torch.equal(kept, logits)
     assert kept.dtype == torch.bfloat16
     assert kept.data_ptr() == shared.data_ptr()
-    prefill = SimpleNamespace(
-        next_token_logits_buffer=shared[:2], forward_mode=SimpleNamespace(is_decode=lambda: False)
-    )
-    capped = SimpleNamespace(final_logit_softcapping=30.0)
-    for given in (
-        (processor, logits, prefill),
-        (processor, logits, step, False),
-        (processor, logits[:1], step),
-        (processor, logits.float(), step),
-        (capped, logits, step),
+    assert asked(mode="EXTEND", next_token_logits_buffer=None) is logits
+    assert asked(next_token_logits_buffer=shared) is logits
+    for changed in (
+        asked(logits.float()),
+        asked(own=SimpleNamespace(final_logit_softcapping=30.0, vocab_size=6)),
+        asked(own=SimpleNamespace(final_logit_softcapping=None, vocab_size=5)),
+        asked(mode="TARGET_VERIFY"),
+        asked(mode="EXTEND", extend_return_logprob=True),
     ):
-        assert lean_sampler.keep_16_bits(widened, *given).dtype == torch.float32
+        assert changed.dtype == torch.float32
 
     nothing = {
         "acc_additive_penalties": None,
         "acc_scaling_penalties": None,
         "logit_bias": None,
-        "grammars": None,
     }
     nothing |= {"penalizer_orchestrator": SimpleNamespace(is_required=False)}
     for change, expected in (
         ({}, torch.bfloat16),
-        ({"grammars": [None, None]}, torch.bfloat16),
-        ({"grammars": [None, object()]}, torch.float32),
         ({"logit_bias": torch.zeros(2, 6)}, torch.float32),
         ({"acc_additive_penalties": torch.zeros(2, 6)}, torch.float32),
         ({"acc_scaling_penalties": torch.ones(2, 6)}, torch.float32),
@@ -371,8 +366,6 @@ for scale, dtype in ((0.02, torch.float32), (1.0, torch.bfloat16), (float(sys.ar
         part = torch.randperm(rows, device=device)[:n]
         again = seeded_top_p.seeded_top_p(*(values[part] for values in given))
         assert torch.equal(again, whole[part]), (scale, n)
-    wide = seeded_top_p.seeded_top_p(given[0].float(), *given[1:])
-    assert torch.equal(wide, whole), "16 bits are widened exactly"
 
 probs = torch.softmax(given[0][0] / 0.7, dim=-1)
 ordered, tokens = probs.sort(descending=True)

@@ -6,7 +6,8 @@ requests fit. Here logits stay in the 16 bits in which the model computes them, 
 (seeded_top_p.py) does all the rest. Requests without seeds get one for each step.
 
 A batch goes to SGLang's sampler as a whole if one of its requests has top_k, min_p, no top_p, logprobs or greedy
-decoding beside sampled ones; with seeds, the others' tokens then differ from those they get among their like.
+decoding beside sampled ones, and is drawn from fp32 if one has penalties or biases; with seeds, the others' tokens then
+differ from those they get among their like.
 Records of run_sglang.py all sample alike.
 """
 
@@ -31,32 +32,31 @@ def register() -> None:
 
 
 def keep_16_bits(original, self, logits, logits_metadata, use_buffer=True):
-    """The logits of a decode step go as they are into SGLang's buffer, which CUDA graphs share, instead of in fp32."""
-    buffer = logits_metadata.next_token_logits_buffer if use_buffer else None
+    """The logits of the next tokens go as they are into SGLang's buffer, which CUDA graphs share, instead of in fp32;
+    where there is no graph they need no copy. All steps alike: the kernel sums up 32 bits in another order."""
+    mode, buffer = logits_metadata.forward_mode.name, logits_metadata.next_token_logits_buffer
     if (
-        buffer is None
-        or buffer.shape != logits.shape
-        or logits.element_size() != 2
-        or not logits_metadata.forward_mode.is_decode()
+        logits.element_size() != 2
+        or mode not in ("DECODE", "EXTEND", "MIXED")
+        or logits_metadata.extend_return_logprob
+        or logits.shape[-1] > self.vocab_size
         or self.final_logit_softcapping
     ):
         return original(self, logits, logits_metadata, use_buffer)
+    if not use_buffer or buffer is None or buffer.shape != logits.shape:
+        return logits
     return buffer.view(-1).view(logits.dtype)[: logits.numel()].view(logits.shape).copy_(logits)
 
 
 def widen_what_changes(original, self, logits_output, sampling_info):
-    """Penalties, biases and the masks of grammars are for fp32."""
+    """Penalties and biases are added in fp32 (masks of grammars are not added)."""
     penalizers = sampling_info.penalizer_orchestrator
     changes = (
         sampling_info.acc_additive_penalties,
         sampling_info.acc_scaling_penalties,
         sampling_info.logit_bias,
     )
-    if (
-        any(change is not None for change in changes)
-        or (penalizers and penalizers.is_required)
-        or any(sampling_info.grammars or [])
-    ):
+    if any(change is not None for change in changes) or (penalizers and penalizers.is_required):
         logits_output.next_token_logits = logits_output.next_token_logits.float()
     return original(self, logits_output, sampling_info)
 

@@ -81,7 +81,8 @@ def draw(
 
 def seeded_top_p(logits, temperatures, top_ps, seeds, positions):
     """A token per row, (batch,) int32, of `logits` (batch, vocabulary), in 16 or 32 bits; all others have one value per
-    row. The same for a row in any batch, for its seed and position."""
+    row. The same for a row in any batch, for its seed and position (and its bits: threads share a row's tokens by them).
+    """
     tokens = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
     draw[(len(logits),)](
         logits,
