@@ -419,7 +419,8 @@ def measure(given: argparse.Namespace) -> dict:
 
 
 def merge(parts: list[dict]) -> dict:
-    """Ratios of each command to its own `fast`; the ones of the plain workload also under DESIGN's names."""
+    """Ratios of each command to its own `fast`; those of the plain workload also under names of their own, from the
+    first part that has them."""
     merged: dict = {"parts": parts, "ratios": {}}
     for part in parts:
         kind = "capped_fifth" if part["workload"]["capped_fifth"] else "reference"
@@ -444,10 +445,8 @@ def merge(parts: list[dict]) -> dict:
         "ratio_default_to_fast": "default",
         "ratio_to_roofline": "roofline",
     }.items():
-        found = [ratios[row] for ratios in plain if row in ratios]
-        merged[name] = sum(found) / len(found) if found else None
-    scaling = [1 / ratios["fast_dp2"] for ratios in plain if "fast_dp2" in ratios]
-    merged["dp2_scaling"] = sum(scaling) / len(scaling) if scaling else None
+        merged[name] = next((ratios[row] for ratios in plain if row in ratios), None)
+    merged["dp2_scaling"] = next((1 / ratios["fast_dp2"] for ratios in plain if "fast_dp2" in ratios), None)
     return merged
 
 

@@ -67,8 +67,8 @@ def test_ratios_stay_within_a_command():
             part(None, 10.0, fast=1.0, batches_64=99.0),
         ]
     )
-    assert merged["ratio_vs_batches_64"] == 4.0  # (5 + 3) / 2; drawn lengths stand apart
-    assert merged["ratio_to_roofline"] == 1.5
+    assert merged["ratio_vs_batches_64"] == 5.0  # the first part's; drawn lengths stand apart
+    assert merged["ratio_to_roofline"] == 2.0
     assert merged["ratio_default_to_fast"] == 1.5
     assert merged["dp2_scaling"] == 2.0
     assert merged["ratio_vs_defaults"] is None
