@@ -392,8 +392,8 @@ def measure(given: argparse.Namespace) -> dict:
         result["rates"] = next(runtime.in_a_process(log, measure_rates))
         result["roofline_s"], result["kernel_floor_s"] = floors(todo, model, result["rates"])
         # Two copies take turns, and each has its longest answer to wait for.
-        halves = [floors(todo[first::2], model, result["rates"]) for first in (0, 1)]
-        result["roofline_dp2_s"], result["kernel_floor_dp2_s"] = map(max, *halves)
+        halves = [floors(half, model, result["rates"]) for half in (todo[::2], todo[1::2]) if half]
+        result["roofline_dp2_s"], result["kernel_floor_dp2_s"] = map(max, zip(*halves, strict=True))
         print(f"roofline of these lengths: {result['roofline_s']:.2f} s", flush=True)
         print(f"matrix products, then KV at the memory's rate: {result['kernel_floor_s']:.2f} s", flush=True)
     rows = list(dict.fromkeys(["fast", *given.rows]))

@@ -151,11 +151,9 @@ def test_kernel_tools(monkeypatch, tmp_path):
     monkeypatch.setenv("LIBRARY_PATH", "/elsewhere")
     assert "the wheel's own (CUDA_HOME was " in preflight.look_at_kernel_tools(Arguments(), machine)
     assert os.environ["CUDA_HOME"] == machine.compiler["CUDA_HOME"] != str(tmp_path / "12")
-    assert (
-        os.environ["LIBRARY_PATH"]
-        == machine.compiler["LIBRARY_PATH"]
-        == f"{tmp_path}/.cache/cuda-libraries:/elsewhere"
-    )
+    assert os.environ["LIBRARY_PATH"] == machine.compiler["LIBRARY_PATH"]
+    assert machine.compiler["LIBRARY_PATH"].startswith(f"{tmp_path}/.cache/cuda-libraries/")
+    assert machine.compiler["LIBRARY_PATH"].endswith(":/elsewhere")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "12"))
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "g++" else name)
     with pytest.raises(UserError, match=r"g\+\+ is not on the PATH .*module load gcc"):
@@ -177,8 +175,12 @@ def test_the_wheels_compile_flashinfers_kernels(tmp_path):
     words = ["g++", "-shared", str(tmp_path / "driver.cpp"), "-o", str(driver), f"-Wl,-soname,{driver.name}"]
     subprocess.run(words, check=True)
     (cuda,) = (Path(path) / "cu13" for path in importlib.util.find_spec("nvidia").submodule_search_locations)
-    for _ in range(2):  # links that are there are replaced
+    for _ in range(2):  # the second time its links are there
         variables = preflight.compiler_of_wheels(cuda, driver, tmp_path / "links")
+    other = preflight.compiler_of_wheels(cuda, Path("/elsewhere/libcuda.so.2"), tmp_path / "links")
+    assert other["LIBRARY_PATH"] != variables["LIBRARY_PATH"], "another machine's driver has links of its own"
+    with pytest.raises(UserError, match=r"no libcudart\.so in"):
+        preflight.compiler_of_wheels(tmp_path, driver, tmp_path / "links")
     (tmp_path / "probe.cu").write_text(
         "#include <cooperative_groups/reduce.h>\n#include <cuda.h>\n#include <cuda/std/type_traits>\n"
         "__global__ void kernel() {}\nint probe() { kernel<<<1, 1>>>(); return cuInit(0) + cudaDeviceSynchronize(); }\n"

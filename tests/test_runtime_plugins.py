@@ -229,8 +229,13 @@ def test_lean_sampler_takes_the_place_of_both_backends(runtime, monkeypatch, tmp
 
         import torch
         from sglang.srt.layers import sampler
+        from sglang.srt.plugins.hook_registry import HookRegistry
 
         lean_sampler.register()
+        assert list(HookRegistry._hooks) == [
+            "sglang.srt.layers.logits_processor.LogitsProcessor._copy_logits_to_buffer",
+            "sglang.srt.model_executor.model_runner.ModelRunner._preprocess_logits",
+        ]
         made, lean = sampler._CUSTOM_SAMPLER_FACTORIES, lean_sampler.sampler_class()
         lean.__init__ = lambda self: None
         assert [type(made[backend]()) for backend in ("flashinfer", "pytorch")] == [lean] * 2
@@ -253,6 +258,11 @@ def test_lean_sampler_takes_the_place_of_both_backends(runtime, monkeypatch, tmp
         output = SimpleNamespace(next_token_logits=logits)
         lean.forward(made["pytorch"](), output, SimpleNamespace(**plain), True, [], [], None)
         assert asked == [torch.float32] * 7
+        sampler.Sampler.compute_logprobs_only = lambda self, output, *given: asked.append(given)
+        output = SimpleNamespace(next_token_logits=logits)
+        lean.compute_logprobs_only(made["pytorch"](), output, "info", [], [])
+        assert output.next_token_logits.dtype == torch.float32
+        assert asked[-1] == ("info", [], [])
 
     in_child(check, tmp_path)
 
@@ -309,15 +319,20 @@ def test_logits_stay_in_16_bits_until_something_changes_them():
         assert seen == [expected], change
 
 
-def test_the_fused_norm_is_for_plain_layers_with_a_residual(runtime, tmp_path):
+def test_the_fused_norm_is_for_plain_layers_with_a_residual(runtime, monkeypatch, tmp_path):
+    monkeypatch.setenv("RUNTIME_PLUGINS", "fused_norm")
+
     def check() -> None:
         from types import SimpleNamespace
 
         import torch
         from sglang.srt.layers import layernorm
+        from sglang.srt.plugins.hook_registry import HookRegistry
 
         asked = []
         layernorm.fused_add_rmsnorm = lambda *given: asked.append(given)
+        fused_norm.register()
+        assert list(HookRegistry._hooks) == ["sglang.srt.layers.layernorm.RMSNorm.forward_cuda"]
         layer = {"variance_size_override": None, "cast_x_before_out_mul": False, "variance_epsilon": 1e-6}
         layer |= {"weight": torch.ones(4)}
         x, residual = torch.ones(2, 4), torch.ones(2, 4)

@@ -292,9 +292,11 @@ def environment(args: Arguments) -> dict[str, str]:
     keep_radix = ["deterministic_radix"] if args.reproducible else []
     # End of problem 2d
     fused_norm = ["fused_norm"] if args.reproducible else []
-    return {
-        "RUNTIME_PLUGINS": ",".join([*keep_radix, *fused_norm, *jump_forward, "lean_sampler"])
-    } | whole_answers
+    # A draft's logits are not only drawn from.
+    sampler = [] if args.own_engine_args.get("speculative_algorithm") else ["lean_sampler"]
+    plugins = ",".join([*keep_radix, *fused_norm, *jump_forward, *sampler])
+    # One kernel for norms, whatever else is installed: the one whose bytes were compared.
+    return {"RUNTIME_PLUGINS": plugins, "FLASHINFER_USE_CUDA_NORM": "1"} | whole_answers
 
 
 def serve_line(args: Arguments, machine: Machine, chosen: Choices) -> str:

@@ -226,13 +226,19 @@ def look_at_kernel_tools(args: Arguments, machine: Machine) -> str | None:
 
 def compiler_of_wheels(cuda: Path, driver: Path, folder: Path) -> dict[str, str]:
     """The environment in which the wheel's nvcc builds FlashInfer's kernels. They are linked with -lcudart and -lcuda,
-    but wheels have libcudart.so.13 and drivers may have libcuda.so.1 only: `folder` gets links without the number."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for library in (next((cuda / "lib").glob("libcudart.so.*")), driver):
-        fresh = folder / f".{library.name}.{os.getpid()}"  # another job may be linking now
-        fresh.symlink_to(library)
-        fresh.replace(folder / f"{library.name.partition('.')[0]}.so")
-    paths = dict.fromkeys([str(folder), *filter(None, os.environ.get("LIBRARY_PATH", "").split(":"))])
+    but wheels have libcudart.so.13 and drivers may have libcuda.so.1 only: a folder below `folder`, which machines with
+    other drivers may share, gets links without the number."""
+    runtime = next((cuda / "lib").glob("libcudart.so.*"), None)
+    if runtime is None:
+        raise UserError(
+            f"no libcudart.so in {cuda / 'lib'}; run `make install`, or load the cluster's CUDA module"
+        )
+    links = folder / hashlib.sha256(f"{runtime} {driver}".encode()).hexdigest()[:12]
+    links.mkdir(parents=True, exist_ok=True)
+    for library in (runtime, driver):
+        with contextlib.suppress(FileExistsError):
+            (links / f"{library.name.partition('.')[0]}.so").symlink_to(library)
+    paths = dict.fromkeys([str(links), *filter(None, os.environ.get("LIBRARY_PATH", "").split(":"))])
     return {"CUDA_HOME": str(cuda), "LIBRARY_PATH": ":".join(paths)}
 
 

@@ -1,7 +1,8 @@
 """SGLang's deterministic mode adds and normalises a layer's input with PyTorch's elementwise functions, some ten kernels.
 FlashInfer's kernel, which every other mode uses, does it in one and has no reason to be left out: a block of threads
 per row, whose size depends on the row's length alone (FusedAddRMSNorm in its norm.cuh), sums it up in the same order
-whatever other rows there are."""
+whatever other rows there are. run_sglang.py sets FLASHINFER_USE_CUDA_NORM, for FlashInfer has another one in CuTe DSL, which
+it takes where that is installed."""
 
 from . import asked_for, check_target, hook
 

@@ -23,6 +23,7 @@ def register() -> None:
     module = "sglang.srt.layers.sampler"
     check_target(f"{module}.create_sampler", needs="_CUSTOM_SAMPLER_FACTORIES")
     check_target(f"{module}.Sampler.forward", needs="logits_output.next_token_logits")
+    check_target(f"{module}.Sampler.compute_logprobs_only")
     from sglang.srt.layers.sampler import register_sampler_backend
 
     for backend in ("flashinfer", "pytorch"):
@@ -92,5 +93,9 @@ def sampler_class() -> type:
             tokens = seeded_top_p(logits, temperatures, sampling_info.top_ps, seeds, positions)
             self._sync_token_ids_across_tp(tokens, sampling_info)
             return tokens
+
+        def compute_logprobs_only(self, logits_output, *given):
+            logits_output.next_token_logits = logits_output.next_token_logits.float()
+            super().compute_logprobs_only(logits_output, *given)
 
     return LeanSampler
