@@ -64,7 +64,7 @@ def uninterrupted(run_inference, flags, tmp_path_factory) -> Path:
 
 def test_the_gpus_sampler_draws_the_tokens(run_inference, few, tmp_path):
     """lean_sampler in the Runtime, its kernel run by Triton's interpreter: every token of a reproducible run is its
-    own, and the files are the same with 1 and 8 running."""
+    own, from logits in 16 bits, and the files are the same with 1 and 8 running."""
     drawn = tmp_path / "drawn"
 
     def with_lean_sampler():
@@ -76,7 +76,7 @@ def test_the_gpus_sampler_draws_the_tokens(run_inference, few, tmp_path):
         def counting(*given):
             tokens = draw(*given)
             with drawn.open("a") as out:
-                out.write("\n" * len(tokens))
+                out.write(f"{given[0].dtype}\n" * len(tokens))
             return tokens
 
         seeded_top_p.seeded_top_p = counting
@@ -86,12 +86,15 @@ def test_the_gpus_sampler_draws_the_tokens(run_inference, few, tmp_path):
     for running in (1, 8):
         out = tmp_path / f"{running}"
         flags = ["--prompts", few, "--max_new_tokens", 8, "--max_running_requests", running]
+        flags += ["--engine_args", '{"dtype": "bfloat16"}']
         code, text = run_inference(
             *flags, "--output_file", out / "outputs.jsonl", patch=with_lean_sampler
         ).wait()
         assert code == 0, text
         found.append(results(out))
-        assert len(drawn.read_text()) >= summary_of(out)["output_tokens"] * len(found)
+        dtypes = drawn.read_text().splitlines()
+        assert len(dtypes) >= summary_of(out)["output_tokens"] * len(found)
+        assert set(dtypes) == {"torch.bfloat16"}, "as the model computes them, in prefill and decode alike"
     assert found[0] == found[1]
 
 
