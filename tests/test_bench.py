@@ -14,7 +14,7 @@ import offline_throughput
 import qwen_shape
 import same_bytes
 
-from workbench import UserError
+from workbench import UserError, files
 
 GIVEN = {"records": None, "seed": 0, "capped": False, "limit": 0, "cap": 8192}
 
@@ -121,3 +121,28 @@ def test_same_bytes_compares_the_runs_that_ended():
         "first_different_record": 1,
     }
     assert same_bytes.compare(results[1:2], ["failed"])["identical_runs"] == 0
+
+
+def test_results_of_benchmarks_do_not_make_a_commit_dirty(monkeypatch, tmp_path):
+    """A script that writes its result before it ends would otherwise mark its own next run."""
+
+    def git(*words: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", "-C", tmp_path, *identity, *words], check=True, capture_output=True)
+
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    result, program = tmp_path / "bench" / "results" / "a.json", tmp_path / "program.py"
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "files.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert files.commit() is None
+    result.write_text("{}")
+    program.write_text("")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    head = files.commit()
+    assert len(head) == 40
+    result.write_text("[]")
+    assert files.commit() == head
+    program.write_text("changed")
+    assert files.commit() == head + "-dirty"

@@ -405,6 +405,29 @@ assert seeded_top_p.seeded_top_p(broken, *(v[:1] for v in given[1:])).shape == (
 """
 
 
+@pytest.mark.skipif(not GPUS, reason="needs a GPU")
+def test_a_row_of_the_fused_norm_does_not_depend_on_its_batch():
+    """FlashInfer's kernel for Qwen2.5-7B's and Llama-2-7B's widths: any rows in any order give the same bytes."""
+    program = """
+import torch
+from flashinfer.norm import fused_add_rmsnorm
+
+torch.manual_seed(0)
+for width in (3584, 4096):
+    x, residual = torch.randn(2, 805, width, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(width, device="cuda", dtype=torch.bfloat16)
+    whole = x.clone(), residual.clone()
+    fused_add_rmsnorm(*whole, weight, 1e-6)
+    for rows in (1, 7, 64, 400):
+        part = torch.randperm(805, device="cuda")[:rows]
+        found = x[part].clone(), residual[part].clone()
+        fused_add_rmsnorm(*found, weight, 1e-6)
+        assert all(torch.equal(a, b[part]) for a, b in zip(found, whole)), (width, rows)
+"""
+    variables = {"FLASHINFER_USE_CUDA_NORM": "1", "CUDA_VISIBLE_DEVICES": GPUS}
+    subprocess.run([sys.executable, "-P", "-c", program], check=True, env=os.environ | variables)
+
+
 COMPILE = """
 import sys
 

@@ -89,17 +89,10 @@ def disk_full(error: BaseException, folder: Path) -> bool:
 def commit() -> str | None:
     """The repository's commit, with "-dirty" if files differ (results of benchmarks do not count); None outside git."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    changes = [*git, "diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)bench/results"]
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        but_results = [":(top)", ":(top,exclude)bench/results"]
-        clean = (
-            subprocess.run(
-                [*git, "diff", "--quiet", "HEAD", "--", *but_results], capture_output=True
-            ).returncode
-            == 0
-        )
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run(changes, capture_output=True).returncode != 0
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head if clean else head + "-dirty"
+    return head.stdout.strip() + ("-dirty" if dirty else "")

@@ -214,7 +214,7 @@ def _choose_gpu(args: Arguments, machine: Machine, model: Model, records: list[R
     limit = args.max_running_requests or (SORTED_RUNNING if sorts else 2048)
     wanted = max(1, min(limit, args.batch_size or waiting, -(-waiting // dp)))
     # Outside the pool: CUDA context, FlashInfer's workspace (2 GiB), activations; and for each running record a CUDA
-    # graph's share and an fp32 row of the vocabulary (probabilities).
+    # graph's share and an fp32 row of the vocabulary (SGLang's buffer of logits).
     fixed_gib, record_gib = 3.5, 0.004 + (SORTED_BYTES if sorts else 4) * model.vocab_size / GIB
     kv_gib = model.kv_bytes_per_token / args.tp_size * (EXPECTED_ANSWER_TOKENS + 64) / GIB
     left_gib = machine.memory_gib - fixed_gib - model.weight_bytes / GIB / args.tp_size

@@ -205,6 +205,7 @@ def look_at_kernel_tools(args: Arguments, machine: Machine) -> str | None:
     for tool, cure in (("g++", "load a compiler module (module load gcc)"), ("ninja", "run `make install`")):
         if shutil.which(tool) is None:
             raise UserError(f"{tool} is not on the PATH and FlashInfer compiles kernels with it; {cure}")
+    driver = driver_library() if own else None
     base = Path(os.environ.get("FLASHINFER_WORKSPACE_BASE") or Path.home())
     cache = base / ".cache" / "flashinfer"
     try:
@@ -213,9 +214,7 @@ def look_at_kernel_tools(args: Arguments, machine: Machine) -> str | None:
         probe.write_bytes(b"x" * 2**20)
         probe.unlink()
         if own:
-            machine.compiler = compiler_of_wheels(
-                Path(own), driver_library(), base / ".cache" / "cuda-libraries"
-            )
+            machine.compiler = compiler_of_wheels(Path(own), driver, base / ".cache" / "cuda-libraries")
             os.environ.update(machine.compiler)
     except OSError as error:
         raise UserError(

@@ -55,9 +55,8 @@ def draw(
         target = tl.rand(seed, position * MOST_ROUNDS + tries) * mass
         upto = tl.cumsum(sums, axis=0)
         lane = tl.min(tl.where((upto > target) & (sums > 0), lanes, BLOCK), axis=0)
-        lane = tl.where(
-            lane < BLOCK, lane, tl.argmax(sums, axis=0)
-        )  # rounding: the target lies behind them all
+        # By rounding the target may lie behind all lanes, or behind all tokens of its lane.
+        lane = tl.where(lane < BLOCK, lane, tl.argmax(sums, axis=0))
         before = tl.sum(tl.where(lanes == lane, upto - sums, 0.0), axis=0)
         places = lane + members * BLOCK
         few = tl.load(logits + places, mask=places < vocabulary, other=-float("inf")).to(tl.float32)
