@@ -12,11 +12,13 @@ rows:
     fast              run_sglang.py --fast
     default           run_sglang.py, the reproducible profile
     sglang_defaults   SGLang's own defaults, one list call (attention on FlashInfer, no prefill graph)
-    batches_64, _32   the same engine, batches one after the other
+    batches_64, _32   the same engine, batches one after the other; with --capped the first two batches only, and
+                      what all of them would take at the same rate: an estimate
     fast_dp2          run_sglang.py --fast on two GPUs
     oracle            fast, longest answer first: counts for nothing, no one knows the lengths
     transformers      Hugging Face continuous batching (SDPA attention), the first --peer_records records; and
                       fast on the same ones
+    adapter           fast with --lora_path, an adapter of the fine-tuning program, for every record
     fast,NAME=VALUE   fast with another engine argument (JSON or text; several: one comma each) or, in capital
                       letters, environment variable: a lever
 """
@@ -27,13 +29,14 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import random
 import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -71,7 +74,10 @@ ROWS = (
     "fast_dp2",
     "oracle",
     "transformers",
+    "adapter",
 )
+# How many batches of a capped workload are run: one takes a minute, and there are 13 of 64.
+BATCHES_OF_CAPPED = 2
 
 
 @dataclass
@@ -247,8 +253,10 @@ def serve(names: list[str], todo: list[TimedRecord], given: argparse.Namespace, 
     words += ["--max_new_tokens", str(given.cap), "--dp_size", "2" if kind == "fast_dp2" else "1"]
     settings = dict(setting.split("=", 1) for setting in lever)
     own = json.loads(given.engine_args) | {k: _value(v) for k, v in settings.items() if not k.isupper()}
-    words += ["--engine_args", json.dumps(own)] + (["--fast"] if kind.startswith("fast") else [])
+    words += ["--engine_args", json.dumps(own)] + (["--fast"] if kind.startswith(("fast", "adapter")) else [])
     args = parse(words)
+    if kind == "adapter":
+        todo = [replace(record, lora=str(Path(given.lora_path).absolute())) for record in todo]
     machine = given.machine
     chosen = runtime.choose(args, machine, model, todo)
     environment = runtime.environment(args)
@@ -265,8 +273,11 @@ def serve(names: list[str], todo: list[TimedRecord], given: argparse.Namespace, 
     for name in names:
         engine.flush_cache()
         work = sorted(todo, key=lambda record: -record.answer_tokens) if name == "oracle" else todo
+        batch = int(name.partition("batches_")[2] or 0)
+        if batch and given.capped:
+            work = work[: BATCHES_OF_CAPPED * batch]
         if kind == "sglang_defaults":
-            seconds, answers = list_calls(engine, work, args, int(name.partition("batches_")[2] or len(work)))
+            seconds, answers = list_calls(engine, work, args, batch or len(work))
         else:
             seconds, answers = one_each(engine, work, args)
         short = [
@@ -274,10 +285,13 @@ def serve(names: list[str], todo: list[TimedRecord], given: argparse.Namespace, 
         ]
         if short:
             raise UserError(f"{name}: records {short[:5]} did not end at their length")
+        estimate = {"estimated_from_records": len(work)} if len(work) < len(todo) else {}
+        whole = math.ceil(len(todo) / batch) / BATCHES_OF_CAPPED if estimate else 1
         pipe.send(
-            {
+            estimate
+            | {
                 "row": name,
-                "seconds": seconds,
+                "seconds": seconds * whole,
                 "tokens_per_s": sum(answer["output_tokens"] for answer in answers) / seconds,
                 "cached_prompt_tokens": sum(answer["cached_tokens"] for answer in answers),
                 "load_s": load_s,
@@ -473,6 +487,7 @@ def main() -> int:
     parser.add_argument("--peer_timeout_s", type=float, default=240)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model_path", help="folder (default: the shape of Qwen2.5-7B)")
+    parser.add_argument("--lora_path", help="adapter folder of the row adapter")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--engine_args", default='{"load_format": "dummy"}')
     parser.add_argument("--part", help="file for what this command measured")
@@ -482,6 +497,8 @@ def main() -> int:
         for row in given.rows:
             if row not in ROWS and not re.fullmatch(r"fast(,\w+=[^,]*)+", row):
                 raise UserError(f"no row {row}; there are {', '.join(ROWS)} and fast,NAME=VALUE")
+        if "adapter" in given.rows and not given.lora_path:
+            raise UserError("the row adapter needs --lora_path FOLDER")
         if given.merge:
             try:
                 result = merge([json.loads(Path(part).read_text()) for part in given.merge])

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from harness import ROOT
+from harness import ROOT, fork
 
 sys.path.append(str(ROOT / "bench"))
 import offline_throughput
@@ -86,20 +86,37 @@ def test_the_kernel_floor_is_the_sum_over_steps():
 
 @pytest.mark.long
 def test_rows_on_the_cpu(tiny_qwen2, tmp_path):
-    """Rows end at their lengths (the script refuses others)."""
+    """Rows end at their lengths (the script refuses others); of a capped workload two batches stand for all."""
+    adapter = tmp_path / "adapter"
+
+    def make_adapter() -> int:
+        import peft
+        import transformers
+
+        base = transformers.AutoModelForCausalLM.from_pretrained(tiny_qwen2)
+        projections = ["q_proj", "k_proj", "v_proj", "down_proj"]
+        peft.get_peft_model(base, peft.LoraConfig(target_modules=projections)).save_pretrained(adapter)
+        return 0
+
+    code, text = fork(make_adapter, tmp_path / "child.txt").wait()
+    assert code == 0, text
     command = [
         sys.executable,
         "-P",
         str(ROOT / "bench" / "offline_throughput.py"),
         "batches_32",
         "transformers",
+        "adapter",
     ]
-    command += ["--device", "cpu", "--model_path", str(tiny_qwen2), "--limit", "12", "--cap", "40"]
+    command += ["--device", "cpu", "--model_path", str(tiny_qwen2), "--limit", "80", "--cap", "10", "--capped"]
     command += ["--peer_records", "4", "--engine_args", "{}", "--part", str(tmp_path / "part.json")]
+    command += ["--lora_path", str(adapter)]
     subprocess.run(command, check=True, cwd=tmp_path)
-    rows = json.loads((tmp_path / "part.json").read_text())["rows"]
-    assert [row["row"] for row in rows] == ["fast", "batches_32", "transformers", "fast_on_the_same"]
-    assert all(row["seconds"] > 0 for row in rows)
+    rows = {row["row"]: row for row in json.loads((tmp_path / "part.json").read_text())["rows"]}
+    assert list(rows) == ["fast", "batches_32", "transformers", "fast_on_the_same", "adapter"]
+    assert all(row["seconds"] > 0 for row in rows.values())
+    assert rows["batches_32"]["estimated_from_records"] == 64
+    assert rows["adapter"]["engine_args"]["lora_paths"] == {str(adapter): str(adapter)}
 
 
 def test_same_bytes_compares_the_runs_that_ended():

@@ -450,13 +450,19 @@ def start(args: Arguments, chosen: Choices, architectures: list[str], records: l
         # time) prefill behind a cached prefix. Nothing of it stays in the cache.
         sample = [record for record in records if not (record.regex or record.json_schema)][:2]
         sample *= chosen["dp_size"][0]  # round robin reaches every copy
+        # SGLang refuses a list of no adapters where it serves none.
+        adapters = [record.lora for record in sample] if any(record.lora for record in sample) else None
         for _ in range(2 if sample else 0):
             params = [
                 record.sampling_params(args) | {"max_new_tokens": min(4, record.max_new_tokens)}
                 for record in sample
             ]
             with contextlib.suppress(ValueError):  # a record that SGLang refuses fails later, alone
-                engine.generate(input_ids=[record.input_ids for record in sample], sampling_params=params)
+                engine.generate(
+                    input_ids=[record.input_ids for record in sample],
+                    sampling_params=params,
+                    lora_path=adapters,
+                )
         engine.flush_cache()
     engine.freeze_gc()  # a full garbage collection of SGLang's million objects stops decoding for 0.4 s
     compile_s = watch.stop()
