@@ -235,7 +235,7 @@ def adapter(folder: Path, config: dict | None = None, tensors: dict | None = Non
     prefix = "base_model.model.model.layers."
     shapes = {
         f"{prefix}0.self_attn.q_proj.lora_A.weight": [2, 8],
-        f"{prefix}1.self_attn.k_proj.lora_B.weight": [4, 2],
+        f"{prefix}0.self_attn.v_proj.lora_B.weight": [4, 2],
         f"{prefix}1.mlp.down_proj.lora_A.weight": [2, 16],
     } | (tensors or {})
     header = json.dumps({name: {"dtype": "F32", "shape": shape} for name, shape in shapes.items()}).encode()
@@ -261,6 +261,21 @@ def test_good_adapter(tmp_path):
             {},
             {"base_model.model.model.layers.7.mlp.up_proj.lora_B.weight": [16, 2]},
             "this model 16 in 2 layers",
+        ),
+        (
+            {},
+            {"base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight": [2, 8]},
+            "layer 1 adapts q_proj but not v_proj",
+        ),
+        (
+            {},
+            {"base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight": [4, 2]},
+            "layer 1 adapts k_proj but not q_proj",
+        ),
+        (
+            {},
+            {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": [2, 8]},
+            "layer 0 adapts up_proj but not gate_proj",
         ),
     ],
 )

@@ -38,6 +38,9 @@ TENSOR_CORES = {
     (10, 0): (8192, 128),
 }
 NEEDED_CAPABILITY = (8, 0)  # images in sglang-kernel 0.4.5 start at sm_80
+# SGLang 0.5.17 loads q, k, v and gate, up as one matrix each (normalize_qkv_proj, normalize_gate_up_proj): without
+# these partners its scheduler dies of a KeyError, or the adapter's part is left out.
+STACKED_WITH = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 OTHER_GPUS = "ask Slurm for an A100, A10, L40S, H100 or newer (such as --gres=gpu:a100:1)"
 OLDER_DRIVER = 'ask for a node with a newer driver, or see "Older drivers" in the README'
 
@@ -382,6 +385,7 @@ def _check_adapter(folder: Path, config: dict) -> None:
     with weights.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     shapes, layers = projection_shapes(config), config["num_hidden_layers"]
+    found: dict[str, set[str]] = {}
     for name, tensor in header.items():
         match = re.search(r"layers\.(\d+)\..*?(\w+_proj)\.lora_([AB])", name)
         if name == "__metadata__":
@@ -395,6 +399,14 @@ def _check_adapter(folder: Path, config: dict) -> None:
                 f"adapter {folder} was trained on another base ({adapter.get('base_model_name_or_path')}): {name} has "
                 f"size {size}, this model {expected} in {layers} layers"
             )
+        found.setdefault(match[1], set()).add(match[2])
+    for layer, names in found.items():
+        for name, partner in STACKED_WITH.items():
+            if name in names and partner not in names:
+                raise UserError(
+                    f"adapter {folder}: layer {layer} adapts {name} but not {partner}, which SGLang stacks with it; "
+                    "merge it into its base, or train both"
+                )
 
 
 def look_at_adapters(args: Arguments, found: dict) -> str | None:
