@@ -19,8 +19,8 @@ rows:
     transformers      Hugging Face continuous batching (SDPA attention), the first --peer_records records; and
                       fast on the same ones
     adapter           fast with --lora_path, an adapter of the fine-tuning program, for every record
-    fast,NAME=VALUE   fast with another engine argument (JSON or text; several: one comma each) or, in capital
-                      letters, environment variable: a lever
+    fast,NAME=VALUE   fast (or default, adapter) with another engine argument (JSON or text; several: one comma
+                      each) or, in capital letters, environment variable: a lever
 """
 
 import argparse
@@ -495,10 +495,10 @@ def main() -> int:
     given = parser.parse_args()
     try:
         for row in given.rows:
-            if row not in ROWS and not re.fullmatch(r"fast(,\w+=[^,]*)+", row):
+            if row not in ROWS and not re.fullmatch(r"(fast|default|adapter)(,\w+=[^,]*)+", row):
                 raise UserError(f"no row {row}; there are {', '.join(ROWS)} and fast,NAME=VALUE")
-        if "adapter" in given.rows and not given.lora_path:
-            raise UserError("the row adapter needs --lora_path FOLDER")
+            if row.startswith("adapter") and not given.lora_path:
+                raise UserError(f"the row {row} needs --lora_path FOLDER")
         if given.merge:
             try:
                 result = merge([json.loads(Path(part).read_text()) for part in given.merge])
