@@ -255,6 +255,7 @@ def test_good_adapter(tmp_path):
         ({"peft_type": "IA3"}, {}, "IA3 adapters are not served"),
         ({"rank_pattern": {"q_proj": 4}}, {}, "rank_pattern is not served"),
         ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save is not served"),
+        ({"lora_bias": True}, {}, "lora_bias is not served"),
         ({}, {"base_model.model.lm_head.lora_A.weight": [2, 8]}, "lm_head.lora_A.weight is not a projection"),
         ({}, {"base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": [32, 2]}, "trained on another base"),
         (

@@ -379,7 +379,8 @@ def _check_adapter(folder: Path, config: dict) -> None:
         raise UserError(
             f"adapter {folder}: rsLoRA would be served with the wrong scale (alpha/r); merge it into its base"
         )
-    for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices"):
+    of_peft_alone = ("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "lora_bias")
+    for name in (*of_peft_alone, "use_qalora", "alora_invocation_tokens", "layer_replication"):
         if adapter.get(name):
             raise UserError(f"adapter {folder}: {name} is not served by SGLang; merge it into its base")
     with weights.open("rb") as file:
