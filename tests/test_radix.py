@@ -357,7 +357,7 @@ def test_the_default_grid(tmp_path):
     import subprocess
     import sys
 
-    command = [sys.executable, "-P", str(ROOT / "sglang" / "radix_lab.py"), "--output_dir", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "sglang" / "radix_lab.py"), "--output_dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "radix_lab.json").read_text())
