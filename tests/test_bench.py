@@ -106,17 +106,25 @@ def test_rows_on_the_cpu(tiny_qwen2, tmp_path):
         str(ROOT / "bench" / "offline_throughput.py"),
         "batches_32",
         "transformers",
-        "adapter",
+        "adapter,max_loras_per_batch=3",
     ]
     command += ["--device", "cpu", "--model_path", str(tiny_qwen2), "--limit", "80", "--cap", "10", "--capped"]
     command += ["--peer_records", "4", "--engine_args", "{}", "--part", str(tmp_path / "part.json")]
     command += ["--lora_path", str(adapter)]
     subprocess.run(command, check=True, cwd=tmp_path)
     rows = {row["row"]: row for row in json.loads((tmp_path / "part.json").read_text())["rows"]}
-    assert list(rows) == ["fast", "batches_32", "transformers", "fast_on_the_same", "adapter"]
+    assert list(rows) == [
+        "fast",
+        "batches_32",
+        "transformers",
+        "fast_on_the_same",
+        "adapter,max_loras_per_batch=3",
+    ]
     assert all(row["seconds"] > 0 for row in rows.values())
     assert rows["batches_32"]["estimated_from_records"] == 64
-    assert rows["adapter"]["engine_args"]["lora_paths"] == {str(adapter): str(adapter)}
+    served = rows["adapter,max_loras_per_batch=3"]["engine_args"]
+    assert served["lora_paths"] == {str(adapter): str(adapter)}
+    assert served["max_loras_per_batch"] == 3
 
 
 def test_same_bytes_compares_the_runs_that_ended():

@@ -275,6 +275,11 @@ def test_good_adapter(tmp_path):
         ),
         (
             {},
+            {"base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight": [4, 2]},
+            "layer 1 adapts v_proj but not q_proj",
+        ),
+        (
+            {},
             {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": [2, 8]},
             "layer 0 adapts up_proj but not gate_proj",
         ),

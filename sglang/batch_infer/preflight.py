@@ -39,8 +39,19 @@ TENSOR_CORES = {
 }
 NEEDED_CAPABILITY = (8, 0)  # images in sglang-kernel 0.4.5 start at sm_80
 # SGLang 0.5.17 loads q, k, v and gate, up as one matrix each (normalize_qkv_proj, normalize_gate_up_proj): without
-# these partners its scheduler dies of a KeyError, or the adapter's part is left out.
+# these partners its scheduler dies of a KeyError or ValueError. A missing k or up is zero.
 STACKED_WITH = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+# Settings of PEFT that SGLang does not read: it would serve another adapter.
+PEFT_ALONE = (
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "trainable_token_indices",
+    "lora_bias",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "layer_replication",
+)
 OTHER_GPUS = "ask Slurm for an A100, A10, L40S, H100 or newer (such as --gres=gpu:a100:1)"
 OLDER_DRIVER = 'ask for a node with a newer driver, or see "Older drivers" in the README'
 
@@ -379,14 +390,13 @@ def _check_adapter(folder: Path, config: dict) -> None:
         raise UserError(
             f"adapter {folder}: rsLoRA would be served with the wrong scale (alpha/r); merge it into its base"
         )
-    of_peft_alone = ("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "lora_bias")
-    for name in (*of_peft_alone, "use_qalora", "alora_invocation_tokens", "layer_replication"):
+    for name in PEFT_ALONE:
         if adapter.get(name):
             raise UserError(f"adapter {folder}: {name} is not served by SGLang; merge it into its base")
     with weights.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     shapes, layers = projection_shapes(config), config["num_hidden_layers"]
-    found: dict[str, set[str]] = {}
+    adapted: dict[str, set[str]] = {}
     for name, tensor in header.items():
         match = re.search(r"layers\.(\d+)\..*?(\w+_proj)\.lora_([AB])", name)
         if name == "__metadata__":
@@ -400,8 +410,8 @@ def _check_adapter(folder: Path, config: dict) -> None:
                 f"adapter {folder} was trained on another base ({adapter.get('base_model_name_or_path')}): {name} has "
                 f"size {size}, this model {expected} in {layers} layers"
             )
-        found.setdefault(match[1], set()).add(match[2])
-    for layer, names in found.items():
+        adapted.setdefault(match[1], set()).add(match[2])
+    for layer, names in adapted.items():
         for name, partner in STACKED_WITH.items():
             if name in names and partner not in names:
                 raise UserError(
