@@ -18,8 +18,10 @@ rows:
     oracle            fast, longest answer first: counts for nothing, no one knows the lengths
     transformers      Hugging Face continuous batching (SDPA attention), the first --peer_records records; and
                       fast on the same ones
-    adapter           fast with --lora_path, an adapter of the fine-tuning program, for every record
-    fast,NAME=VALUE   fast (or default, adapter) with another engine argument (JSON or text; several: one comma
+    adapter           fast with --lora_path, an adapter of the fine-tuning program, for every record (of several
+                      adapters, records take turns)
+    default_adapter   default with --lora_path
+    fast,NAME=VALUE   fast (or default, adapter, default_adapter) with another engine argument (JSON or text; several: one comma
                       each) or, in capital letters, environment variable: a lever
 """
 
@@ -75,6 +77,7 @@ ROWS = (
     "oracle",
     "transformers",
     "adapter",
+    "default_adapter",
 )
 # How many batches of a capped workload are run: one takes a minute, and there are 13 of 64.
 BATCHES_OF_CAPPED = 2
@@ -255,8 +258,9 @@ def serve(names: list[str], todo: list[TimedRecord], given: argparse.Namespace, 
     own = json.loads(given.engine_args) | {k: _value(v) for k, v in settings.items() if not k.isupper()}
     words += ["--engine_args", json.dumps(own)] + (["--fast"] if kind.startswith(("fast", "adapter")) else [])
     args = parse(words)
-    if kind == "adapter":
-        todo = [replace(record, lora=str(Path(given.lora_path).absolute())) for record in todo]
+    if "adapter" in kind:
+        folders = [str(Path(folder).absolute()) for folder in given.lora_path]
+        todo = [replace(record, lora=folders[i % len(folders)]) for i, record in enumerate(todo)]
     machine = given.machine
     chosen = runtime.choose(args, machine, model, todo)
     environment = runtime.environment(args)
@@ -487,7 +491,7 @@ def main() -> int:
     parser.add_argument("--peer_timeout_s", type=float, default=240)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model_path", help="folder (default: the shape of Qwen2.5-7B)")
-    parser.add_argument("--lora_path", help="adapter folder of the row adapter")
+    parser.add_argument("--lora_path", nargs="+", help="adapter folders of the rows with an adapter")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--engine_args", default='{"load_format": "dummy"}')
     parser.add_argument("--part", help="file for what this command measured")
@@ -495,9 +499,11 @@ def main() -> int:
     given = parser.parse_args()
     try:
         for row in given.rows:
-            if row not in ROWS and not re.fullmatch(r"(fast|default|adapter)(,\w+=[^,]*)+", row):
+            if row not in ROWS and not re.fullmatch(
+                r"(fast|default|adapter|default_adapter)(,\w+=[^,]*)+", row
+            ):
                 raise UserError(f"no row {row}; there are {', '.join(ROWS)} and fast,NAME=VALUE")
-            if row.startswith("adapter") and not given.lora_path:
+            if "adapter" in row.partition(",")[0] and not given.lora_path:
                 raise UserError(f"the row {row} needs --lora_path FOLDER")
         if given.merge:
             try:

@@ -1,7 +1,7 @@
 """A model folder with the shape of Qwen2.5-7B and no weights, and prompts as token ids: what the benchmarks of
 this folder serve with `load_format="dummy"` (random weights).
 
-    python bench/qwen_shape.py FOLDER
+    python bench/qwen_shape.py FOLDER [ADAPTER]      # and a folder with a random adapter for it
 """
 
 import json
@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "rehearsal"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "sglang"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
 
 CONFIG = {  # config.json of Qwen/Qwen2.5-7B-Instruct
     "architectures": ["Qwen2ForCausalLM"],
@@ -34,6 +36,12 @@ CONFIG = {  # config.json of Qwen/Qwen2.5-7B-Instruct
 TOKENS = 151643  # of its tokenizer, without special ones
 # Its chat template puts about this many tokens before and after an instruction.
 HEADER_TOKENS, END_TOKENS = 24, 5
+ADAPTER = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "r": 16,
+    "lora_alpha": 32,
+}  # as the fine-tuning program's
 CHARACTERS_PER_TOKEN = 4
 
 
@@ -63,6 +71,29 @@ def build(folder: Path) -> Path:
     return folder
 
 
+def build_adapter(folder: Path, base: Path) -> Path:
+    """Writes a PEFT adapter of all projections, and returns the folder. Both factors are random (a fresh adapter's
+    lora_B is zero and changes nothing): it moves an output by about a tenth of its size."""
+    import torch
+    from safetensors.torch import save_file
+
+    from batch_infer.preflight import projection_shapes
+
+    torch.manual_seed(0)
+    tensors, shapes, rank = {}, projection_shapes(CONFIG), ADAPTER["r"]
+    for layer in range(CONFIG["num_hidden_layers"]):
+        for name, (inputs, outputs) in shapes.items():
+            part = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            at = f"base_model.model.model.layers.{layer}.{part}.{name}"
+            tensors[f"{at}.lora_A.weight"] = (torch.randn(rank, inputs) / inputs**0.5).bfloat16()
+            tensors[f"{at}.lora_B.weight"] = (torch.randn(outputs, rank) * 0.02).bfloat16()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    about = ADAPTER | {"base_model_name_or_path": str(base), "target_modules": list(shapes)}
+    (folder / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    return folder
+
+
 def prompt_ids(text: str, vocab_size: int) -> list[int]:
     """As many ids as the instruction has with its chat template around: a header that all prompts share, then
     ids drawn from the text."""
@@ -73,4 +104,5 @@ def prompt_ids(text: str, vocab_size: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    print(build(Path(sys.argv[1])))
+    model = build(Path(sys.argv[1]))
+    print(model, *(build_adapter(Path(path), model) for path in sys.argv[2:]))

@@ -4,6 +4,7 @@ copies, after a kill.
     python bench/same_bytes.py --records FILE            # on a GPU: random weights of Qwen2.5-7B's shape
     python bench/same_bytes.py --device cpu              # the rehearsal's tiny model
     python bench/same_bytes.py fresh_1 in_flight_64      # these runs only
+    python bench/same_bytes.py --lora_path FOLDER        # with an adapter (qwen_shape.py writes one)
 
 Every run is the real command in a folder of its own. A quarter of the prompts comes twice: then all of a
 prompt is in the radix tree. Prints a row per run and writes bench/results/same_bytes.json; exit code 1 if a run
@@ -102,6 +103,7 @@ def main() -> int:
     parser.add_argument("--max_new_tokens", type=int, default=96)
     parser.add_argument("--at_once", type=int, default=4, help="runs at a time")
     parser.add_argument("--folder", help="of the runs (default: a new one)")
+    parser.add_argument("--lora_path", help="adapter folder, for all records")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--engine_args", default='{"load_format": "dummy", "max_total_tokens": 100000}')
     given = parser.parse_args()
@@ -124,6 +126,8 @@ def main() -> int:
     else:
         model = qwen_shape.build(FOLDER / "qwen2.5-7b-shape")
         command += ["--model_path", str(model), "--engine_args", given.engine_args]
+    if given.lora_path:
+        command += ["--lora_path", given.lora_path]
     gpus = preflight.nvml_gpus() if given.device == "cuda" else []
     names = given.runs or [name for name in RUNS if name != TWO_GPUS or len(gpus) > 1]
     if not set(names) <= set(RUNS):
@@ -149,6 +153,7 @@ def main() -> int:
     about = {
         "repeated_prompts": len(distinct) // 4,
         "prompts_sha256": hashlib.sha256(Path(given.records).read_bytes()).hexdigest(),
+        "lora_path": given.lora_path,
         "hardware": gpus[0]["name"] if gpus else None,
         "commit": commit(),
     }
