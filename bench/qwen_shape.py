@@ -1,7 +1,9 @@
 """A model folder with the shape of Qwen2.5-7B and no weights, and prompts as token ids: what the benchmarks of
 this folder serve with `load_format="dummy"` (random weights).
 
-    python bench/qwen_shape.py FOLDER [ADAPTER]      # and a folder with a random adapter for it
+    python bench/qwen_shape.py FOLDER
+    python bench/qwen_shape.py FOLDER ADAPTER...     # random weights in files (14 GiB), and random adapters for them:
+                                                     # SGLang reads an adapter the way it reads its base
 """
 
 import json
@@ -71,6 +73,16 @@ def build(folder: Path) -> Path:
     return folder
 
 
+def write_weights(folder: Path) -> None:
+    """As transformers draws them, in bfloat16, on the GPU if there is one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+
+
 def build_adapter(folder: Path, base: Path) -> Path:
     """Writes a PEFT adapter of all projections, and returns the folder. Both factors are random (a fresh adapter's
     lora_B is zero and changes nothing): it moves an output by about a tenth of its size."""
@@ -105,4 +117,6 @@ def prompt_ids(text: str, vocab_size: int) -> list[int]:
 
 if __name__ == "__main__":
     model = build(Path(sys.argv[1]))
+    if sys.argv[2:]:
+        write_weights(model)
     print(model, *(build_adapter(Path(path), model) for path in sys.argv[2:]))

@@ -103,7 +103,7 @@ def main() -> int:
     parser.add_argument("--max_new_tokens", type=int, default=96)
     parser.add_argument("--at_once", type=int, default=4, help="runs at a time")
     parser.add_argument("--folder", help="of the runs (default: a new one)")
-    parser.add_argument("--lora_path", help="adapter folder, for all records")
+    parser.add_argument("--lora_path", help="adapter folder, for all records, over the base it names")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--engine_args", default='{"load_format": "dummy", "max_total_tokens": 100000}')
     given = parser.parse_args()
@@ -123,11 +123,11 @@ def main() -> int:
     command += ["--max_new_tokens", str(given.max_new_tokens)]
     if given.device == "cpu":
         command += ["--rehearse"]
+    elif given.lora_path:
+        command += ["--lora_path", given.lora_path, "--engine_args", given.engine_args]
     else:
         model = qwen_shape.build(FOLDER / "qwen2.5-7b-shape")
         command += ["--model_path", str(model), "--engine_args", given.engine_args]
-    if given.lora_path:
-        command += ["--lora_path", given.lora_path]
     gpus = preflight.nvml_gpus() if given.device == "cuda" else []
     names = given.runs or [name for name in RUNS if name != TWO_GPUS or len(gpus) > 1]
     if not set(names) <= set(RUNS):
