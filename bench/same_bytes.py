@@ -4,7 +4,8 @@ copies, after a kill.
     python bench/same_bytes.py --records FILE            # on a GPU: random weights of Qwen2.5-7B's shape
     python bench/same_bytes.py --device cpu              # the rehearsal's tiny model
     python bench/same_bytes.py fresh_1 in_flight_64      # these runs only
-    python bench/same_bytes.py --lora_path FOLDER        # with an adapter (qwen_shape.py writes one)
+    python bench/same_bytes.py --model_path FOLDER --lora_path FOLDER --engine_args '{"max_total_tokens": 100000}'
+                                                         # weights and an adapter (qwen_shape.py writes both)
 
 Every run is the real command in a folder of its own. A quarter of the prompts comes twice: then all of a
 prompt is in the radix tree. Prints a row per run and writes bench/results/same_bytes.json; exit code 1 if a run
@@ -103,7 +104,8 @@ def main() -> int:
     parser.add_argument("--max_new_tokens", type=int, default=96)
     parser.add_argument("--at_once", type=int, default=4, help="runs at a time")
     parser.add_argument("--folder", help="of the runs (default: a new one)")
-    parser.add_argument("--lora_path", help="adapter folder, for all records, over the base it names")
+    parser.add_argument("--model_path", help="on a GPU: folder (default: the shape of Qwen2.5-7B, no weights)")
+    parser.add_argument("--lora_path", help="on a GPU: adapter folder, for all records")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--engine_args", default='{"load_format": "dummy", "max_total_tokens": 100000}')
     given = parser.parse_args()
@@ -123,11 +125,10 @@ def main() -> int:
     command += ["--max_new_tokens", str(given.max_new_tokens)]
     if given.device == "cpu":
         command += ["--rehearse"]
-    elif given.lora_path:
-        command += ["--lora_path", given.lora_path, "--engine_args", given.engine_args]
     else:
-        model = qwen_shape.build(FOLDER / "qwen2.5-7b-shape")
+        model = given.model_path or qwen_shape.build(FOLDER / "qwen2.5-7b-shape")
         command += ["--model_path", str(model), "--engine_args", given.engine_args]
+        command += ["--lora_path", given.lora_path] if given.lora_path else []
     gpus = preflight.nvml_gpus() if given.device == "cuda" else []
     names = given.runs or [name for name in RUNS if name != TWO_GPUS or len(gpus) > 1]
     if not set(names) <= set(RUNS):
@@ -187,7 +188,7 @@ def compare(results: list[dict], names: list[str]) -> dict:
         if "outputs" in result:
             pairs = enumerate(zip(first, result["outputs"], strict=True))
             different = [i for i, (one, other) in pairs if one != other]
-            row |= {"different_records": len(different), "first_different_record": next(iter(different), None)}
+            row |= {"different_records": len(different), "which": different}
         rows.append(row)
     return {
         "identical_runs": sum(result["sha256"] == ended[0]["sha256"] for result in ended),

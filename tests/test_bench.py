@@ -143,7 +143,7 @@ def test_same_bytes_compares_the_runs_that_ended():
         "run": "other",
         "sha256": "b",
         "different_records": 1,
-        "first_different_record": 1,
+        "which": [1],
     }
     assert same_bytes.compare(results[1:2], ["failed"])["identical_runs"] == 0
 
