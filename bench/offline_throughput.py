@@ -390,6 +390,7 @@ def measure(given: argparse.Namespace) -> dict:
     lengths = [(len(record.input_ids), record.answer_tokens) for record in todo]
     result = {
         "workload": {
+            "model": Path(folder).name,
             "records": len(todo),
             "prompt_tokens": sum(prompt for prompt, _ in lengths),
             "output_tokens": sum(answer for _, answer in lengths),
@@ -449,6 +450,7 @@ def merge(parts: list[dict]) -> dict:
     for part in parts:
         kind = "capped_fifth" if part["workload"]["capped_fifth"] else "reference"
         kind += "" if part["workload"]["file_sha256"] else "_drawn"
+        kind += "" if part["workload"]["records"] == 805 else f"_{part['workload']['records']}_records"
         rows = {row["row"]: row["seconds"] for row in part["rows"]}
         ratios = {name: rows[name] / rows["fast"] for name in rows if "records" not in _row(part, name)}
         if "transformers" in rows:

@@ -54,7 +54,7 @@ def test_bad_records_are_one_line(tmp_path, text):
 def test_ratios_stay_within_a_command():
     def part(file, roofline, **seconds):
         return {
-            "workload": {"capped_fifth": False, "file_sha256": file},
+            "workload": {"capped_fifth": False, "file_sha256": file, "records": 805},
             "roofline_s": roofline,
             "kernel_floor_s": roofline * 1.2,
             "rows": [{"row": row, "seconds": value} for row, value in seconds.items()],
