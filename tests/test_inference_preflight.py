@@ -1,5 +1,7 @@
 """What stops a run before the engine starts: one line with what was found and the cure, exit code 2."""
 
+import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -14,6 +16,7 @@ import pytest
 from batch_infer import preflight
 from batch_infer.arguments import Arguments, parse
 from batch_infer.engine import Machine
+from batch_infer.prompts import Record
 from workbench import UserError
 
 H200 = {
@@ -298,6 +301,16 @@ def test_an_adapter_that_cannot_be_read(tmp_path):
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         preflight.check_adapter(folder, CONFIG)
+
+
+def test_dummy_weights_with_an_adapter(tmp_path):
+    folder = str(adapter(tmp_path / "a"))
+    model = argparse.Namespace(config=CONFIG)
+    for load_format, refused in (("auto", False), ("dummy", True)):
+        args = Arguments(engine_args=json.dumps({"load_format": load_format}))
+        found = {"records": [Record(0, "x", lora=folder)], "model": model}
+        with pytest.raises(UserError, match="dummy reads none") if refused else contextlib.nullcontext():
+            preflight.look_at_adapters(args, found)
 
 
 def test_a_retrained_adapter_has_another_fingerprint(tmp_path):

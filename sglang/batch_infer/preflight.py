@@ -443,6 +443,10 @@ def look_at_adapters(args: Arguments, found: dict) -> str | None:
                 hashes[record.lora] = adapter_fingerprint(Path(record.lora))
         except UserError as error:
             record.error = str(error)
+    if hashes and args.own_engine_args.get("load_format") == "dummy":
+        raise UserError(
+            "--engine_args: SGLang reads adapters as load_format says, and dummy reads none; use a base with weights"
+        )
     found["adapters"] = hashes
     if text is None and hashes:
         text = f"{len(hashes)} in the records"
