@@ -18,8 +18,7 @@ rows:
     oracle            fast, longest answer first: counts for nothing, no one knows the lengths
     transformers      Hugging Face continuous batching (SDPA attention), the first --peer_records records; and
                       fast on the same ones
-    adapter           fast with --lora_path, an adapter of the fine-tuning program, for every record (of several
-                      adapters, records take turns)
+    adapter           fast with --lora_path, an adapter of the fine-tuning program, for every record
     default_adapter   default with --lora_path
     fast,NAME=VALUE   fast (or default, adapter, default_adapter) with another engine argument (JSON or text; several: one comma
                       each) or, in capital letters, environment variable: a lever
@@ -259,8 +258,7 @@ def serve(names: list[str], todo: list[TimedRecord], given: argparse.Namespace, 
     words += ["--engine_args", json.dumps(own)] + (["--fast"] if kind.startswith(("fast", "adapter")) else [])
     args = parse(words)
     if "adapter" in kind:
-        folders = [str(Path(folder).absolute()) for folder in given.lora_path]
-        todo = [replace(record, lora=folders[i % len(folders)]) for i, record in enumerate(todo)]
+        todo = [replace(record, lora=str(Path(given.lora_path).absolute())) for record in todo]
     machine = given.machine
     chosen = runtime.choose(args, machine, model, todo)
     environment = runtime.environment(args)
@@ -493,7 +491,7 @@ def main() -> int:
     parser.add_argument("--peer_timeout_s", type=float, default=240)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model_path", help="folder (default: the shape of Qwen2.5-7B)")
-    parser.add_argument("--lora_path", nargs="+", help="adapter folders of the rows with an adapter")
+    parser.add_argument("--lora_path", help="adapter folder of the rows adapter and default_adapter")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--engine_args", default='{"load_format": "dummy"}')
     parser.add_argument("--part", help="file for what this command measured")

@@ -2,7 +2,7 @@
 this folder serve with `load_format="dummy"` (random weights).
 
     python bench/qwen_shape.py FOLDER
-    python bench/qwen_shape.py FOLDER ADAPTER...     # random weights in files (14 GiB), and random adapters for them:
+    python bench/qwen_shape.py FOLDER ADAPTER        # random weights in files (14 GiB) and a random adapter for them:
                                                      # SGLang reads an adapter the way it reads its base
 """
 
@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "rehearsal"))
-sys.path.append(str(Path(__file__).resolve().parent.parent / "sglang"))
-sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
 
 CONFIG = {  # config.json of Qwen/Qwen2.5-7B-Instruct
     "architectures": ["Qwen2ForCausalLM"],
@@ -38,12 +36,6 @@ CONFIG = {  # config.json of Qwen/Qwen2.5-7B-Instruct
 TOKENS = 151643  # of its tokenizer, without special ones
 # Its chat template puts about this many tokens before and after an instruction.
 HEADER_TOKENS, END_TOKENS = 24, 5
-ADAPTER = {
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-    "r": 16,
-    "lora_alpha": 32,
-}  # as the fine-tuning program's
 CHARACTERS_PER_TOKEN = 4
 
 
@@ -73,37 +65,18 @@ def build(folder: Path) -> Path:
     return folder
 
 
-def write_weights(folder: Path) -> None:
-    """As transformers draws them, in bfloat16, on the GPU if there is one."""
+def write_weights(folder: Path, adapter: Path) -> None:
+    """Weights as transformers draws them, in bfloat16, on the GPU if there is one, and a LoRA adapter of all
+    projections for them. Both its factors are random: a fresh adapter's lora_B is zero and changes nothing."""
     import torch
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
     model.save_pretrained(folder)
-
-
-def build_adapter(folder: Path, base: Path) -> Path:
-    """Writes a PEFT adapter of all projections, and returns the folder. Both factors are random (a fresh adapter's
-    lora_B is zero and changes nothing): it moves an output by about a tenth of its size."""
-    import torch
-    from safetensors.torch import save_file
-
-    from batch_infer.preflight import projection_shapes
-
-    torch.manual_seed(0)
-    tensors, shapes, rank = {}, projection_shapes(CONFIG), ADAPTER["r"]
-    for layer in range(CONFIG["num_hidden_layers"]):
-        for name, (inputs, outputs) in shapes.items():
-            part = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-            at = f"base_model.model.model.layers.{layer}.{part}.{name}"
-            tensors[f"{at}.lora_A.weight"] = (torch.randn(rank, inputs) / inputs**0.5).bfloat16()
-            tensors[f"{at}.lora_B.weight"] = (torch.randn(outputs, rank) * 0.02).bfloat16()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    about = ADAPTER | {"base_model_name_or_path": str(base), "target_modules": list(shapes)}
-    (folder / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
-    return folder
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(model, lora, autocast_adapter_dtype=False).save_pretrained(adapter)
 
 
 def prompt_ids(text: str, vocab_size: int) -> list[int]:
@@ -118,5 +91,5 @@ def prompt_ids(text: str, vocab_size: int) -> list[int]:
 if __name__ == "__main__":
     model = build(Path(sys.argv[1]))
     if sys.argv[2:]:
-        write_weights(model)
-    print(model, *(build_adapter(Path(path), model) for path in sys.argv[2:]))
+        write_weights(model, Path(sys.argv[2]))
+    print(model)

@@ -154,6 +154,7 @@ def main() -> int:
     about = {
         "repeated_prompts": len(distinct) // 4,
         "prompts_sha256": hashlib.sha256(Path(given.records).read_bytes()).hexdigest(),
+        "model_path": given.model_path,
         "lora_path": given.lora_path,
         "hardware": gpus[0]["name"] if gpus else None,
         "commit": commit(),

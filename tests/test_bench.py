@@ -106,7 +106,7 @@ def test_rows_on_the_cpu(tiny_qwen2, tmp_path):
         str(ROOT / "bench" / "offline_throughput.py"),
         "batches_32",
         "transformers",
-        "adapter,max_loras_per_batch=3",
+        "default_adapter,max_loras_per_batch=3",
     ]
     command += ["--device", "cpu", "--model_path", str(tiny_qwen2), "--limit", "80", "--cap", "10", "--capped"]
     command += ["--peer_records", "4", "--engine_args", "{}", "--part", str(tmp_path / "part.json")]
@@ -118,13 +118,14 @@ def test_rows_on_the_cpu(tiny_qwen2, tmp_path):
         "batches_32",
         "transformers",
         "fast_on_the_same",
-        "adapter,max_loras_per_batch=3",
+        "default_adapter,max_loras_per_batch=3",
     ]
     assert all(row["seconds"] > 0 for row in rows.values())
     assert rows["batches_32"]["estimated_from_records"] == 64
-    served = rows["adapter,max_loras_per_batch=3"]["engine_args"]
+    served = rows["default_adapter,max_loras_per_batch=3"]["engine_args"]
     assert served["lora_paths"] == {str(adapter): str(adapter)}
     assert served["max_loras_per_batch"] == 3
+    assert served["enable_deterministic_inference"]
 
 
 def test_same_bytes_compares_the_runs_that_ended():

@@ -123,14 +123,9 @@ def choose(args: Arguments, machine: Machine, model: Model, records: list[Record
     if adapters:
         chosen["lora_paths"] = ({path: path for path in adapters}, "adapters of --lora_path and of the records")
         chosen["max_loras_per_batch"] = (min(len(adapters) + 1, 8), "the base model takes a place too")
-        chosen["lora_backend"] = (
-            ("torch_native", "the others are GPU kernels")
-            if machine.device == "cpu"
-            else (
-                "triton",
-                "measured faster than SGLang's default, csgmv, and its tiles never depend on the batch",
-            )
-        )
+        chosen["lora_backend"] = ("triton", "measured faster than csgmv, SGLang's default")
+        if machine.device == "cpu":
+            chosen["lora_backend"] = ("torch_native", "the others are GPU kernels")
     for name, value in args.own_engine_args.items():
         chosen[name] = (value, "--engine_args")
     return chosen
