@@ -305,6 +305,7 @@ def test_serve_line_quotes_what_a_shell_would_split():
     assert words[words.index("--lora-paths") + 1] == "c d=/b/c d"
     assert words[0] == "RUNTIME_PLUGINS=deterministic_radix,fused_norm,lean_sampler"
     assert "FLASHINFER_USE_CUDA_NORM=1" in words
+    assert "FLASHINFER_EXTRA_CUDAFLAGS=-fmad=false" in words
     drafting = Arguments(engine_args='{"speculative_algorithm": "NGRAM"}')
     assert "RUNTIME_PLUGINS=deterministic_radix,fused_norm" in engine.serve_line(
         drafting, Machine("cuda"), chosen

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from batch_infer.arguments import Arguments
+from batch_infer.engine import environment
 from harness import ROOT, fork
 from runtime_plugins import check_target, cpu, deterministic_radix, fused_norm, lean_sampler
 from workbench.machine import driver_version
@@ -426,6 +428,54 @@ for width in (3584, 4096):
 """
     variables = {"FLASHINFER_USE_CUDA_NORM": "1", "CUDA_VISIBLE_DEVICES": GPUS}
     subprocess.run([sys.executable, "-P", "-c", program], check=True, env=os.environ | variables)
+
+
+ATTENTION = """
+import sys
+
+import torch
+from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+different = 0
+for heads, kv_heads in ((28, 4), (32, 32)):  # Qwen2.5-7B's and Llama-2-7B's
+    tile = 64 // (heads // kv_heads) + 1
+    torch.manual_seed(0)
+    lengths = torch.randint(tile + 30, 700, (64,)).tolist()
+    tokens = sum(lengths)
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda()
+    q, k, v = (1.5 * torch.randn(tokens, n, 128, device="cuda") for n in (heads, kv_heads, kv_heads))
+    q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
+    wrapper = BatchPrefillWithPagedKVCacheWrapper(torch.empty(2**29, dtype=torch.uint8, device="cuda"), "NHD", backend="fa2")
+
+    def attention(cached, prompts):
+        rows = [torch.arange(starts[i] + cached[i], starts[i + 1], device="cuda") for i in prompts]
+        queries = torch.tensor([0, *map(len, rows)]).cumsum(0).to(torch.int32).cuda()
+        keys = torch.tensor([0, *(lengths[i] for i in prompts)]).cumsum(0).to(torch.int32).cuda()
+        places = torch.cat([torch.arange(starts[i], starts[i + 1], device="cuda") for i in prompts]).to(torch.int32)
+        last = torch.ones(len(prompts), dtype=torch.int32, device="cuda")
+        wrapper.plan(queries, keys, places, last, heads, kv_heads, 128, 1, causal=True, q_data_type=torch.bfloat16,
+                     kv_data_type=torch.bfloat16, fixed_split_size=4096)
+        rows = torch.cat(rows)
+        return rows, wrapper.run(q[rows].contiguous(), (k.unsqueeze(1), v.unsqueeze(1)))
+
+    everyone = list(range(len(lengths)))
+    _, whole = attention([0] * len(lengths), everyone)
+    for cached in (0, 1, 24, 100, 10**6):  # the last: as much as a tile of queries allows
+        for prompts in (everyone, everyone[3:10], [5]):
+            rows, found = attention([min(cached, n - tile) for n in lengths], prompts)
+            different += int((found != whole[rows]).any(-1).any(-1).sum())
+print(different)
+"""
+
+
+@pytest.mark.skipif(not GPUS, reason="needs a GPU")
+def test_a_query_does_not_depend_on_what_came_from_the_radix_tree():
+    """Attention of a prompt's tokens, computed as a whole or behind a prefix whose keys are there, among others and
+    alone: FlashInfer's kernel as run_sglang.py lets it be compiled."""
+    variables = environment(Arguments()) | {"CUDA_VISIBLE_DEVICES": GPUS}
+    command = [sys.executable, "-P", "-c", ATTENTION]
+    found = subprocess.run(command, check=True, env=os.environ | variables, capture_output=True, text=True)
+    assert found.stdout.split()[-1] == "0"
 
 
 COMPILE = """

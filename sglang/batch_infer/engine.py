@@ -35,6 +35,7 @@ WAITING_FOR_LPM = 128  # above this many waiting requests lpm silently becomes f
 # SGLang's own in-batch rule needs (schedule_policy.py). A chat template's header is shorter: AlpacaEval stays
 # as it is.
 WORTH_PLANNING, SHARED_PREFIX_TOKENS = 0.1, 32
+EXACT = "-fmad=false"  # nvcc: no fused multiply-adds
 SORTED_RUNNING, SORTED_BYTES = 256, 32  # at once, and bytes a logit, where SGLang's own seeded sampler draws
 
 
@@ -300,7 +301,20 @@ def environment(args: Arguments) -> dict[str, str]:
     sampler = [] if args.own_engine_args.get("speculative_algorithm") else ["lean_sampler"]
     plugins = ",".join([*keep_radix, *fused_norm, *jump_forward, *sampler])
     # One kernel for norms, whatever else is installed: the one whose bytes were compared.
-    return {"RUNTIME_PLUGINS": plugins, "FLASHINFER_USE_CUDA_NORM": "1"} | whole_answers
+    kernels = {"FLASHINFER_USE_CUDA_NORM": "1", "FLASHINFER_EXTRA_CUDAFLAGS": _compiler_flags()}
+    return {"RUNTIME_PLUGINS": plugins} | kernels | whole_answers
+
+
+def _compiler_flags() -> str:
+    """For FlashInfer's kernels: the user's own, and every product rounded before it is added.
+
+    With each tile of keys FlashInfer's prefill (update_mdo_states in its prefill.cuh) multiplies what a query has summed
+    up by 2 ** (m_before * scale - m * scale). Where a tile leaves the maximum m as it was, that is 1; fused into one
+    multiply-add, which rounds only one of the two products, it is 1 plus or minus a bit. A query meets such tiles behind
+    its own position, as many as the tile of queries that it stands in needs, so that what came from the radix cache, and not
+    only what it holds, decided some answers."""
+    own = os.environ.get("FLASHINFER_EXTRA_CUDAFLAGS", "").split()
+    return " ".join([*(flag for flag in own if flag != EXACT), EXACT])
 
 
 def serve_line(args: Arguments, machine: Machine, chosen: Choices) -> str:
