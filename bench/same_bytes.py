@@ -1,12 +1,12 @@
 """Whether run_sglang.py writes the same bytes, however the records run: fresh runs, few or all in flight, on other
 copies, after a kill.
 
-    python bench/same_bytes.py --records FILE            # on a GPU: random weights of Qwen2.5-7B's shape
+    python bench/same_bytes.py --records FILE            # on a GPU: random weights of Qwen2.5-7B's shape (14 GiB of files)
     python bench/same_bytes.py --device cpu              # the rehearsal's tiny model
     python bench/same_bytes.py fresh_1 in_flight_64      # these runs only
-    python bench/same_bytes.py --model_path FOLDER --lora_path FOLDER --engine_args '{"max_total_tokens": 100000}'
-                                                         # weights and an adapter (qwen_shape.py writes both)
+    python bench/same_bytes.py --model_path FOLDER --lora_path FOLDER    # other weights, an adapter (qwen_shape.py)
 
+Not SGLang's dummy weights: they are 35 times smaller, attention with them is flat, and what differs does not show.
 Every run is the real command in a folder of its own. A quarter of the prompts comes twice: then all of a
 prompt is in the radix tree. Prints a row per run and writes bench/results/same_bytes.json; exit code 1 if a run
 differs from the first or fails. With `--folder` a second command goes on: it compares with the runs that have ended there.
@@ -104,10 +104,10 @@ def main() -> int:
     parser.add_argument("--max_new_tokens", type=int, default=96)
     parser.add_argument("--at_once", type=int, default=4, help="runs at a time")
     parser.add_argument("--folder", help="of the runs (default: a new one)")
-    parser.add_argument("--model_path", help="on a GPU: folder (default: the shape of Qwen2.5-7B, no weights)")
+    parser.add_argument("--model_path", help="on a GPU: folder (default: random weights of Qwen2.5-7B's shape)")
     parser.add_argument("--lora_path", help="on a GPU: adapter folder, for all records")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--engine_args", default='{"load_format": "dummy", "max_total_tokens": 100000}')
+    parser.add_argument("--engine_args", default='{"max_total_tokens": 100000}')
     given = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     try:
@@ -126,7 +126,13 @@ def main() -> int:
     if given.device == "cpu":
         command += ["--rehearse"]
     else:
-        model = given.model_path or qwen_shape.build(FOLDER / "qwen2.5-7b-shape")
+        model, adapter = given.model_path or FOLDER / "qwen2.5-7b", FOLDER / "qwen2.5-7b-adapter"
+        if not given.model_path and not (adapter / "adapter_config.json").exists():  # written last
+            # In a process of its own, whose memory on the GPU is free again.
+            written = subprocess.run([sys.executable, qwen_shape.__file__, model, adapter], check=False)
+            if written.returncode:
+                print(f"error: {model}: the weights could not be written, see above", file=sys.stderr)
+                return 2
         command += ["--model_path", str(model), "--engine_args", given.engine_args]
         command += ["--lora_path", given.lora_path] if given.lora_path else []
     gpus = preflight.nvml_gpus() if given.device == "cuda" else []

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 
@@ -10,10 +11,13 @@ import pytest
 from harness import ROOT, fork
 
 sys.path.append(str(ROOT / "bench"))
+import batch_invariance
 import offline_throughput
 import qwen_shape
 import same_bytes
 
+from batch_infer.arguments import Arguments
+from batch_infer.engine import environment
 from workbench import UserError, files
 
 GIVEN = {"records": None, "seed": 0, "capped": False, "limit": 0, "cap": 8192}
@@ -172,3 +176,24 @@ def test_results_of_benchmarks_do_not_make_a_commit_dirty(monkeypatch, tmp_path)
     assert files.commit() == head
     program.write_text("changed")
     assert files.commit() == head + "-dirty"
+
+
+def test_batch_invariance_names_the_module_that_looks_at_its_neighbours(tmp_path):
+    """On the real ModelRunner: nothing differs, until one projection adds the number of its rows."""
+    import tiny_model
+
+    def run() -> int:
+        os.environ.update(environment(Arguments(device="cpu")))
+        runner = batch_invariance.Runner(tiny_model.build_qwen2(tmp_path / "model"), "cpu", layers=2)
+        rows = batch_invariance.measure(runner, 6)
+        assert len(rows) == 2 * len(batch_invariance.BATCHES) + 3 * len(batch_invariance.CACHED_TOKENS)
+        assert {row["different_prompts"] for row in rows} == {0}, rows
+        layer = runner.runner.model.model.layers[1].mlp.down_proj
+        layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] * (1 + 1e-3 * len(inputs[0])),))
+        alone = batch_invariance.measure(runner, 6)[0]
+        assert alone["different_prompts"] == 6
+        assert alone["first_difference"] == {"model.layers.1.mlp.down_proj": 6}
+        return 0
+
+    code, text = fork(run, tmp_path / "child.txt").wait()
+    assert code == 0, text

@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 from batch_infer import preflight
 from batch_infer.arguments import Arguments, parse
-from batch_infer.engine import Machine
+from batch_infer.engine import Machine, environment
 from batch_infer.prompts import Record
 from workbench import UserError
 
@@ -168,6 +169,17 @@ def test_kernel_tools(monkeypatch, tmp_path):
         preflight.look_at_kernel_tools(Arguments(), Machine("cuda"))
 
 
+def test_kernels_compiled_by_others_are_refused(monkeypatch, tmp_path):
+    """FlashInfer would load them whatever flags we set."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "flashinfer_jit_cache.py").touch()
+    with pytest.raises(UserError, match=r"pip uninstall flashinfer-jit-cache\), or take --fast"):
+        preflight.look_at_kernel_tools(Arguments(), Machine("cuda"))
+    monkeypatch.setenv("CUDA_HOME", nvcc(tmp_path / "13", "13.2"))
+    for flags in ({"fast": True}, {"engine_args": '{"attention_backend": "triton"}'}):
+        assert preflight.look_at_kernel_tools(Arguments(**flags), Machine("cuda"))
+
+
 def test_the_wheels_compile_flashinfers_kernels(tmp_path):
     """On a machine without a CUDA toolkit: nvcc, its headers and those FlashInfer ships must be of one version, and
     the linker must find the runtime and the driver."""
@@ -193,6 +205,7 @@ def test_the_wheels_compile_flashinfers_kernels(tmp_path):
         "spec = gen_jit_spec('probe', [sys.argv[1]])\nspec.build(verbose=False)\nprint(spec.jit_library_path)"
     )
     variables |= {"FLASHINFER_WORKSPACE_BASE": str(tmp_path), "FLASHINFER_CUDA_ARCH_LIST": "9.0a"}
+    variables |= environment(Arguments())
     command = [sys.executable, "-P", "-c", program, str(tmp_path / "probe.cu")]
     built = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
@@ -201,6 +214,19 @@ def test_the_wheels_compile_flashinfers_kernels(tmp_path):
     ).stdout
     assert "libcuda.so.1" in needed
     assert "libcudart.so.13" in needed
+    # An unchanged maximum must scale by exactly 1: no product unrounded (engine.environment).
+    (ninja,) = tmp_path.rglob("probe/build.ninja")
+    flags = re.findall(r"-use_fast_math|-fmad=false", ninja.read_text())
+    assert flags[-1] == "-fmad=false"
+    (tmp_path / "rescale.cu").write_text(
+        "__global__ void kernel(float* x, float m, float s) { x[0] = exp2f(x[1] * s - m * s); }\n"
+    )
+    for given, fused in ((["-use_fast_math"], True), (["-use_fast_math", "-fmad=false"], False)):
+        cubin = tmp_path / "rescale.cubin"
+        words = [*given, "-arch=sm_90a", "-cubin", str(tmp_path / "rescale.cu"), "-o", str(cubin)]
+        subprocess.run([cuda / "bin" / "nvcc", *words], check=True)
+        listing = subprocess.run([cuda / "bin" / "nvdisasm", cubin], capture_output=True, text=True, check=True)
+        assert ("FFMA" in listing.stdout) == fused, listing.stdout
 
 
 def test_missing_and_stale_plugins(monkeypatch, tmp_path):

@@ -104,9 +104,6 @@ def choose(args: Arguments, machine: Machine, model: Model, records: list[Record
     if args.reproducible:
         short = sum(len(r.input_ids) < tile_tokens(args, model) for r in records if not r.error)
         but = f", but for {short} prompts of fewer than {tile_tokens(args, model)} tokens" if short else ""
-        if machine.device == "cuda" and any(record.lora for record in records):
-            # Measured (bench/results/same_bytes_adapter_h100.json); why is not known.
-            but += "; with an adapter an answer in a hundred may differ after a kill or with others in flight"
         chosen["enable_deterministic_inference"] = (True, f"the same bytes in every run{but} (--fast: without)")
     if args.jump_forward:
         why = "--jump_forward must know a step's tokens before it plans the next"

@@ -203,6 +203,12 @@ def look_at_kernel_tools(args: Arguments, machine: Machine) -> str | None:
     machine.compiler where the nvcc is the wheel's own."""
     if args.device == "cpu":
         return None
+    attention = args.own_engine_args.get("attention_backend", "flashinfer")
+    if args.reproducible and attention == "flashinfer" and importlib.util.find_spec("flashinfer_jit_cache"):
+        raise UserError(
+            "flashinfer-jit-cache is installed: with its kernels, compiled with fused multiply-adds, an answer depends on "
+            "what the radix cache held; uninstall it (pip uninstall flashinfer-jit-cache), or take --fast"
+        )
     major = int((torch_cuda() or "0").split(".")[0])
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     own, note = None, ""
