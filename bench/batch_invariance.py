@@ -1,13 +1,14 @@
 """Does what a model computes for a prompt depend on what else is in the batch, or on what came from the radix
 cache? And if so: in which module first? The answer of same_bytes.py in a minute, and where to look.
 
-    python bench/batch_invariance.py                # on a GPU: random weights of Qwen2.5-7B's shape, 8 layers
-    python bench/batch_invariance.py --device cpu   # the rehearsal's tiny model
+    python bench/batch_invariance.py                        # on a GPU: Qwen2.5-7B's shape, 8 of its layers
+    python bench/batch_invariance.py --model_path FOLDER    # another model's shape
+    python bench/batch_invariance.py --device cpu           # the rehearsal's tiny model
 
 The Runtime's own ModelRunner, as run_sglang.py's reproducible profile has it, computes prompts all together, in
 smaller batches, and behind a prefix whose keys and values an earlier pass has left in the pool; then some decode
 steps in batches of several sizes (without CUDA graphs). Every module's output for a prompt's last tokens, its
-logits and its drawn token must have the same bytes. Weights are normal with standard deviation 0.02: with
+logits and its drawn token must have the same bytes. Weights are random (normal, standard deviation 0.02): with
 smaller ones attention is flat and hides differences. Prints a row per case and writes
 bench/results/batch_invariance.json; exit code 1 if bytes differ.
 """
@@ -38,7 +39,7 @@ FOLDER = REHEARSAL / "runs" / "batch_invariance"
 RESULT = Path(__file__).resolve().parent / "results" / "batch_invariance.json"
 MODULES = ("embed_tokens", "input_layernorm", "qkv_proj", "attn", "o_proj", "post_attention_layernorm")
 MODULES += ("gate_up_proj", "act_fn", "down_proj", "norm")
-HEADER_TOKENS, POOL_TOKENS, DECODE_STEPS = 24, 60_000, 4
+LAYERS, PROMPTS, HEADER_TOKENS, POOL_TOKENS, DECODE_STEPS = 8, 64, 24, 60_000, 4
 CACHED_TOKENS = (24, 33, 60, 10**6)  # of each prompt; the last: as much as the radix cache may give
 BATCHES = (1, 2, 3, 5, 7, 10, 16, 32, 64)
 
@@ -46,9 +47,9 @@ Outputs = list[tuple[str, object]]  # of a prompt: each module's name and rows, 
 
 
 class Runner:
-    """A ModelRunner with the shape in `folder`, but `layers` layers, whose modules' outputs are recorded."""
+    """A ModelRunner with the shape in `folder`, but at most LAYERS layers, whose modules' outputs are recorded."""
 
-    def __init__(self, folder: Path, device: str, layers: int) -> None:
+    def __init__(self, folder: Path, device: str) -> None:
         import torch
         from sglang.benchmark import one_batch
         from sglang.srt.entrypoints.engine import _set_envs_and_config
@@ -58,7 +59,8 @@ class Runner:
         from runtime_plugins.deterministic_radix import tile_tokens
 
         load_plugins()
-        own = {"attention_backend": "flashinfer", "dtype": "bfloat16"}
+        layers = min(LAYERS, json.loads((folder / "config.json").read_text())["num_hidden_layers"])
+        own = {"attention_backend": "flashinfer"}
         if device == "cpu":
             own = {"attention_backend": "torch_native", "dtype": "float32", "device": "cpu"}
         server_args = ServerArgs(
@@ -79,6 +81,7 @@ class Runner:
         runner, _ = one_batch.load_model(server_args, PortArgs.init_new(server_args), 0, 0)
         self.torch, self.one_batch, self.runner = torch, one_batch, runner.torch_runner
         config = self.runner.model_config
+        self.context_tokens = config.context_len
         # What the radix cache always leaves to compute; on the CPU any number would do.
         self.tail = tile_tokens(config.get_num_attention_heads(1), config.get_num_kv_heads(1))
         self.recorded: Outputs | None = None
@@ -177,12 +180,16 @@ def first_difference(expected: Outputs, found: Outputs) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument(
+        "--model_path", type=Path, help="a folder with config.json and tokenizer; weights are not read"
+    )
     given = parser.parse_args()
     gpus = preflight.nvml_gpus() if given.device == "cuda" else []
     if given.device == "cuda" and not gpus:
         print("error: no GPU here; --device cpu takes the rehearsal's tiny model", file=sys.stderr)
+        return 2
+    if given.model_path and not (given.model_path / "config.json").is_file():
+        print(f"error: --model_path {given.model_path}: no config.json there", file=sys.stderr)
         return 2
     args = Arguments(device=given.device)
     os.environ.update(runtime.environment(args))
@@ -192,24 +199,25 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if given.device == "cpu":
+    if given.model_path:
+        folder = given.model_path
+    elif given.device == "cpu":
         import tiny_model
 
         folder = tiny_model.build_qwen2(FOLDER / "tiny_qwen2")
     else:
         folder = qwen_shape.build(FOLDER / "qwen2.5-7b-shape")
-    rows = measure(Runner(folder, given.device, given.layers), given.prompts)
+    rows = measure(Runner(folder, given.device), PROMPTS)
     for row in rows:
         where = ", ".join(f"{name} ({count})" for name, count in row["first_difference"].items())
-        print(
-            f"{row['case']:44} {row['different_prompts']:3} of {given.prompts} prompts differ  {where}".rstrip()
-        )
+        print(f"{row['case']:44} {row['different_prompts']:3} of {PROMPTS} prompts differ  {where}".rstrip())
     write_json(
         RESULT,
         {
             "rows": rows,
-            "layers": given.layers,
-            "prompts": given.prompts,
+            "model_path": given.model_path and str(given.model_path),
+            "layers": LAYERS,
+            "prompts": PROMPTS,
             "compiler_flags": os.environ.get("FLASHINFER_EXTRA_CUDAFLAGS"),
             "hardware": gpus[0]["name"] if gpus else "CPU",
             "commit": commit(),
@@ -226,7 +234,9 @@ def measure(runner: Runner, count: int) -> list[dict]:
     draw = random.Random(0)
     # All prompts share a header, as a chat template's; every eighth is long. Ids that every vocabulary here has.
     header = [draw.randrange(3, 256) for _ in range(HEADER_TOKENS)]
-    lengths = [draw.randrange(200, 700) if i % 8 == 0 else draw.randrange(12, 70) for i in range(count)]
+    lengths = [draw.randrange(200, 700) if i % 8 == 0 else draw.randrange(60) for i in range(count)]
+    most = runner.context_tokens - HEADER_TOKENS - DECODE_STEPS
+    lengths = [min(runner.tail + n, most) for n in lengths]
     prompts = {i: header + [draw.randrange(3, 256) for _ in range(n)] for i, n in enumerate(lengths)}
     cases = [(f"prefill, {n} at once", n, 0, 0) for n in BATCHES]
     cases += [

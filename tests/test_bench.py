@@ -184,7 +184,7 @@ def test_batch_invariance_names_the_module_that_looks_at_its_neighbours(tmp_path
 
     def run() -> int:
         os.environ.update(environment(Arguments(device="cpu")))
-        runner = batch_invariance.Runner(tiny_model.build_qwen2(tmp_path / "model"), "cpu", layers=2)
+        runner = batch_invariance.Runner(tiny_model.build_qwen2(tmp_path / "model"), "cpu")
         rows = batch_invariance.measure(runner, 6)
         assert len(rows) == 2 * len(batch_invariance.BATCHES) + 3 * len(batch_invariance.CACHED_TOKENS)
         assert {row["different_prompts"] for row in rows} == {0}, rows
