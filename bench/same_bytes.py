@@ -109,6 +109,10 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--engine_args", default='{"max_total_tokens": 100000}')
     given = parser.parse_args()
+    gpus = preflight.nvml_gpus() if given.device == "cuda" else []
+    if given.device == "cuda" and not gpus:
+        print("error: no GPU here; --device cpu takes the rehearsal's tiny model", file=sys.stderr)
+        return 2
     FOLDER.mkdir(parents=True, exist_ok=True)
     try:
         rows = [row["instruction"] for row in json.loads(Path(given.records).read_text(encoding="utf-8"))]
@@ -135,7 +139,6 @@ def main() -> int:
                 return 2
         command += ["--model_path", str(model), "--engine_args", given.engine_args]
         command += ["--lora_path", given.lora_path] if given.lora_path else []
-    gpus = preflight.nvml_gpus() if given.device == "cuda" else []
     names = given.runs or [name for name in RUNS if name != TWO_GPUS or len(gpus) > 1]
     if not set(names) <= set(RUNS):
         print(

@@ -431,8 +431,6 @@ for width in (3584, 4096):
 
 
 ATTENTION = """
-import sys
-
 import torch
 from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
