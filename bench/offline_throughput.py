@@ -65,6 +65,7 @@ SGLANG_DEFAULTS = {
     "cuda_graph_backend_prefill": ("disabled", "its capture compiles for minutes"),
 }
 ENGINE_OF = {"batches_64": "sglang_defaults", "batches_32": "sglang_defaults", "oracle": "fast"}
+COMPILER_FLAGS = "FLASHINFER_EXTRA_CUDAFLAGS"
 DECODE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 96, *range(128, 833, 64), 1024)
 ROWS = (
     "fast",
@@ -268,7 +269,11 @@ def serve(names: list[str], todo: list[TimedRecord], given: argparse.Namespace, 
         for name in environment:
             os.environ.pop(name, None)
         environment = {"RUNTIME_PLUGINS": ""}
+    ours = runtime.environment(args).get(COMPILER_FLAGS)
     os.environ.update(environment | {k: v for k, v in settings.items() if k.isupper()})
+    if os.environ.get(COMPILER_FLAGS) != ours:
+        # In the same folder ninja would compile every module anew, and once more for the next row.
+        os.environ["FLASHINFER_WORKSPACE_BASE"] = str(FOLDER / "kernels_of_other_flags")
     os.environ["RUNTIME_PLUGINS"] += ",answer_lengths"
     runtime.print_choices(chosen)
     engine, load_s, compile_s = runtime.start(args, chosen, model.config["architectures"], todo)
