@@ -72,7 +72,7 @@ def write_weights(folder: Path, adapter: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(0)  # on every machine with this GPU and torch the same weights, so that bytes can be compared
+    torch.manual_seed(0)  # the same weights wherever GPU and torch are the same: bytes can be compared
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
     model.save_pretrained(folder)

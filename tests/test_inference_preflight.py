@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,15 @@ def test_kernel_tools(monkeypatch, tmp_path):
     monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"kernels cannot be stored there .* set LLM_STORAGE"):
         preflight.look_at_kernel_tools(Arguments(), Machine("cuda"))
+
+
+def test_runs_that_begin_together_share_the_kernel_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(preflight, "nvcc_major", lambda home: 13)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: preflight.look_at_kernel_tools(Arguments(), Machine("cuda")), range(200)))
+    assert not list((tmp_path / ".cache" / "flashinfer").iterdir())
 
 
 def test_kernels_compiled_by_others_are_refused(monkeypatch, tmp_path):

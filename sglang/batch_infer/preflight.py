@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -230,9 +231,8 @@ def look_at_kernel_tools(args: Arguments, machine: Machine) -> str | None:
     cache = base / ".cache" / "flashinfer"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        probe = cache / ".probe"
-        probe.write_bytes(b"x" * 2**20)
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=cache) as probe:  # other runs share this folder
+            probe.write(b"x" * 2**20)
         if own:
             machine.compiler = compiler_of_wheels(Path(own), driver, base / ".cache" / "cuda-libraries")
             os.environ.update(machine.compiler)
