@@ -345,8 +345,8 @@ def test_answers_do_not_depend_on_the_policy(runs):
         (["--engine_args", '{"schedule_policy": "lpm"}'], "the grid sets schedule_policy"),
     ],
 )
-def test_bad_flags_are_one_line(flags, message, capsys):
-    assert radix_lab.main(flags) == 2
+def test_bad_flags_are_one_line(flags, message, tmp_path, capsys):
+    assert radix_lab.main([*flags, "--output_dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
