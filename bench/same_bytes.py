@@ -205,6 +205,7 @@ def compare(results: list[dict], names: list[str]) -> dict:
         "runs": rows,
         "records": len(first),
         "engine_args": settings["engine_args"] | {"model_path": None, "tokenizer_path": None},
+        "weights_id": settings["weights_id"],
         "cpu_capability": settings["cpu_capability"],
         "versions": settings["versions"],
     }

@@ -134,7 +134,7 @@ def test_rows_on_the_cpu(tiny_qwen2, tmp_path):
 
 def test_same_bytes_compares_the_runs_that_ended():
     """In the order asked for, whichever ended first; a failed run is no identical one."""
-    settings = {"engine_args": {}, "cpu_capability": "AVX2", "versions": {}}
+    settings = {"engine_args": {}, "weights_id": "w", "cpu_capability": "AVX2", "versions": {}}
     same = {"command": [], "settings": settings, "sha256": "a", "outputs": ["x", "y"]}
     results = [
         {"run": "other"} | same | {"sha256": "b", "outputs": ["x", "z"]},
@@ -143,6 +143,7 @@ def test_same_bytes_compares_the_runs_that_ended():
     ]
     compared = same_bytes.compare(results, ["first", "failed", "other"])
     assert compared["identical_runs"] == 1
+    assert compared["weights_id"] == "w"
     assert [row["run"] for row in compared["runs"]] == ["first", "failed", "other"]
     assert compared["runs"][2] == {
         "run": "other",
