@@ -14,11 +14,16 @@ install-v100: .venv-v100/.installed  ## create .venv-v100, the environment for V
 
 install: .venv/.installed  ## create .venv from requirements.txt (done by the other targets)
 
-PLUGINS = $(addprefix sglang/runtime_plugins/,pyproject.toml __init__.py cpu.py cpu_platform.py deterministic_radix.py \
-    radix_trace.py jump_forward.py count_passes.py answer_lengths.py lean_sampler.py seeded_top_p.py)
+# Every file that preflight compares with the installed ones; the list, because one that goes leaves nothing newer.
+PLUGINS := $(sort $(wildcard sglang/runtime_plugins/*.py)) sglang/runtime_plugins/pyproject.toml
+ifneq ($(PLUGINS),$(shell cat .venv/.plugins 2>/dev/null))
+.venv/.installed: other-plugins
+.PHONY: other-plugins
+endif
 
 .venv/.installed: requirements.txt $(PLUGINS)
 	@VENV=; source ./env.sh && install_environment .venv requirements.txt "$(PYTHON)" ./sglang/runtime_plugins
+	@echo $(PLUGINS) > .venv/.plugins
 
 .venv-v100/.installed: deepspeed/requirements-v100.txt
 	@VENV=; source ./env.sh && install_environment .venv-v100 deepspeed/requirements-v100.txt "$(PYTHON)"
@@ -29,8 +34,8 @@ rehearse: .venv/.installed  ## both jobs on the CPU: tiny model, shipped data, s
 	bash deepspeed/run_llama2_7b_lora.sh --rehearse --output_dir $$runs/finetune && \
 	python sglang/run_sglang.py --rehearse --lora_path $$runs/finetune --output_file $$runs/inference/outputs.jsonl
 
-test: .venv/.installed  ## every claim once, on real DeepSpeed, without a GPU or the hub
-	@$(RUN) python -P -m pytest -m 'not long'
+test: .venv/.installed  ## every claim once, on real DeepSpeed and SGLang, without a GPU or the hub
+	@$(RUN) python -P -m pytest -m 'not long' -n 2 --dist loadgroup
 
 reference: .venv/.installed  ## does this machine compute what the committed rehearsal did?
 	@$(RUN) python handout/reference.py
@@ -55,7 +60,7 @@ clean:  ## remove rehearsal runs and caches (not .venv, not your outputs)
 .PHONY: test-all test-v100 lint format lock handout grade
 
 test-all: .venv/.installed  ## the long versions too
-	@$(RUN) python -P -m pytest
+	@$(RUN) python -P -m pytest -n 2 --dist loadgroup
 
 test-v100: .venv-v100/.installed  ## parity and resume in the environment for Volta GPUs (torch 2.7.1)
 	@VENV=.venv-v100; source ./env.sh && python -P -m pytest -m v100
@@ -72,7 +77,7 @@ lock: .venv/.installed  ## resolve requirements.in into both locks
 	@$(RUN) uv pip compile requirements.in -o requirements.txt --python-version 3.11 \
 	    --no-annotate --no-header -q
 	@$(RUN) grep -vE '^(torch|triton|nvidia-|cuda-|setuptools|sympy)' requirements.txt > .venv/constraints.txt
-	@$(RUN) { echo torch==2.7.1; grep -vE '^(torch|sglang|flashinfer-python|cuda-toolkit|jsonschema|interegular)\b' requirements.in; } \
+	@$(RUN) { echo torch==2.7.1; grep -vE '^(torch|sglang|flashinfer-python|cuda-toolkit|jsonschema|interegular|pytest-xdist)\b' requirements.in; } \
 	    | uv pip compile - -c .venv/constraints.txt -o deepspeed/requirements-v100.txt \
 	    --python-version 3.11 --no-annotate --no-header -q
 

@@ -9,8 +9,7 @@ The Runtime's own ModelRunner, as run_sglang.py's reproducible profile has it, c
 smaller batches, and behind a prefix whose keys and values an earlier pass has left in the pool; then some decode
 steps in batches of several sizes (without CUDA graphs). Every module's output for a prompt's last tokens, its
 logits and its drawn token must have the same bytes. Weights are random (normal, standard deviation 0.02): with
-smaller ones attention is flat and hides differences. Prints a row per case and writes
-bench/results/batch_invariance.json; exit code 1 if bytes differ.
+smaller ones attention is flat and hides differences. Exit code 1 if bytes differ.
 """
 
 import argparse
@@ -22,21 +21,22 @@ from array import array
 from collections import Counter
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent))
-sys.path.append(str(Path(__file__).resolve().parent.parent / "sglang"))
-sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
-sys.path.append(str(Path(__file__).resolve().parent.parent / "rehearsal"))
-import qwen_shape
+sys.path.extend(
+    str(Path(__file__).resolve().parents[1] / name) for name in ("bench", "sglang", "common", "rehearsal")
+)
+import shapes
 
-from batch_infer import engine as runtime
-from batch_infer import preflight, report
+from batch_infer import report
 from batch_infer.arguments import REHEARSAL, Arguments
+from batch_infer.engine_args import environment
+from batch_infer.machine import look_at_kernel_tools
+from batch_infer.preflight import PACKAGES
 from workbench import UserError
 from workbench.files import commit, write_json
-from workbench.machine import versions
+from workbench.machine import driver_version, versions
 
 FOLDER = REHEARSAL / "runs" / "batch_invariance"
-RESULT = Path(__file__).resolve().parent / "results" / "batch_invariance.json"
+RESULT = REHEARSAL.parent / "bench" / "results" / "batch_invariance.json"
 MODULES = ("embed_tokens", "input_layernorm", "qkv_proj", "attn", "o_proj", "post_attention_layernorm")
 MODULES += ("gate_up_proj", "act_fn", "down_proj", "norm")
 LAYERS, PROMPTS, HEADER_TOKENS, POOL_TOKENS, DECODE_STEPS = 8, 64, 24, 60_000, 4
@@ -177,59 +177,16 @@ def first_difference(expected: Outputs, found: Outputs) -> str | None:
     return None
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument(
-        "--model_path", type=Path, help="a folder with config.json and tokenizer; weights are not read"
-    )
-    given = parser.parse_args()
-    gpus = preflight.nvml_gpus() if given.device == "cuda" else []
-    if given.device == "cuda" and not gpus:
-        print("error: no GPU here; --device cpu takes the rehearsal's tiny model", file=sys.stderr)
-        return 2
-    if given.model_path and not (given.model_path / "config.json").is_file():
-        print(f"error: --model_path {given.model_path}: no config.json there", file=sys.stderr)
-        return 2
-    args = Arguments(device=given.device)
-    os.environ.update(runtime.environment(args))
-    report.quiet_libraries(args)
-    try:
-        preflight.look_at_kernel_tools(args, runtime.Machine(given.device))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if given.model_path:
-        folder = given.model_path
-    elif given.device == "cpu":
-        import tiny_model
-
-        folder = tiny_model.build_qwen2(FOLDER / "tiny_qwen2")
-    else:
-        folder = qwen_shape.build(FOLDER / "qwen2.5-7b-shape")
-    rows = measure(Runner(folder, given.device), PROMPTS)
-    for row in rows:
-        where = ", ".join(f"{name} ({count})" for name, count in row["first_difference"].items())
-        print(f"{row['case']:44} {row['different_prompts']:3} of {PROMPTS} prompts differ  {where}".rstrip())
-    write_json(
-        RESULT,
-        {
-            "rows": rows,
-            "model_path": given.model_path and str(given.model_path),
-            "layers": LAYERS,
-            "prompts": PROMPTS,
-            "compiler_flags": os.environ.get("FLASHINFER_EXTRA_CUDAFLAGS"),
-            "hardware": gpus[0]["name"] if gpus else "CPU",
-            "commit": commit(),
-            "versions": versions(report.PACKAGES),
-        },
-    )
-    different = sum(row["different_prompts"] for row in rows)
-    print("the same bytes in every case" if not different else "bytes differ")
-    return 1 if different else 0
+def all_cases() -> list[tuple[str, int, int, int]]:
+    """(name, prompts at once, cached tokens, decode steps)"""
+    cases = [(f"prefill, {n} at once", n, 0, 0) for n in BATCHES]
+    for tokens in CACHED_TOKENS:
+        cached = "all they may" if tokens == max(CACHED_TOKENS) else tokens
+        cases += [(f"prefill, {cached} cached, {n} at once", n, tokens, 0) for n in (1, 5, 16)]
+    return cases + [(f"{DECODE_STEPS} decode steps, {n} at once", n, 0, DECODE_STEPS) for n in BATCHES]
 
 
-def measure(runner: Runner, count: int) -> list[dict]:
+def measure(runner: Runner, count: int, cases: list[tuple[str, int, int, int]]) -> list[dict]:
     """A row per case, each compared with all prompts in one batch and nothing cached."""
     draw = random.Random(0)
     # All prompts share a header, as a chat template's; every eighth is long. Ids that every vocabulary here has.
@@ -238,18 +195,6 @@ def measure(runner: Runner, count: int) -> list[dict]:
     most = runner.context_tokens - HEADER_TOKENS - DECODE_STEPS
     lengths = [min(runner.tail + n, most) for n in lengths]
     prompts = {i: header + [draw.randrange(3, 256) for _ in range(n)] for i, n in enumerate(lengths)}
-    cases = [(f"prefill, {n} at once", n, 0, 0) for n in BATCHES]
-    cases += [
-        (
-            f"prefill, {'all they may' if tokens == max(CACHED_TOKENS) else tokens} cached, {n} at once",
-            n,
-            tokens,
-            0,
-        )
-        for tokens in CACHED_TOKENS
-        for n in (1, 5, 16)
-    ]
-    cases += [(f"{DECODE_STEPS} decode steps, {n} at once", n, 0, DECODE_STEPS) for n in BATCHES]
     rows, expected = [], runner.run(prompts, steps=DECODE_STEPS)
     for case, at_once, cached, steps in cases:
         where: Counter = Counter()
@@ -258,10 +203,61 @@ def measure(runner: Runner, count: int) -> list[dict]:
             for i, found in runner.run(part, cached, steps).items():
                 name = first_difference(expected[i][: len(found)], found)
                 where.update([name] if name else [])
-        rows.append(
-            {"case": case, "different_prompts": where.total(), "first_difference": dict(where.most_common())}
-        )
+        different = dict(where.most_common())
+        rows.append({"case": case, "different_prompts": where.total(), "first_difference": different})
     return rows
+
+
+def find_shape(given: argparse.Namespace) -> Path:
+    """A folder with config.json and tokenizer. Raises UserError."""
+    if given.model_path:
+        if not (given.model_path / "config.json").is_file():
+            raise UserError(f"--model_path {given.model_path}: no config.json there")
+        return given.model_path
+    if given.device == "cpu":
+        import tiny_model
+
+        return tiny_model.build_qwen2(FOLDER / "tiny_qwen2")
+    return shapes.build("qwen2.5-7b", FOLDER / "qwen2.5-7b-shape", weights=False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--model_path", type=Path, help="folder with config.json and tokenizer; weights are not read"
+    )
+    parser.add_argument(
+        "--output", type=Path, help=f"default: bench/results/{RESULT.name}; on the CPU in {FOLDER}"
+    )
+    given = parser.parse_args()
+    args = Arguments(device=given.device)
+    os.environ |= environment(args)
+    report.quiet_libraries(args)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    try:
+        if given.device == "cuda" and driver_version() is None:
+            raise UserError("no GPU here; --device cpu takes the rehearsal's tiny model")
+        os.environ |= look_at_kernel_tools(args)[0]
+        folder = find_shape(given)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    runner = Runner(folder, given.device)
+    rows = measure(runner, PROMPTS, all_cases())
+    for row in rows:
+        where = ", ".join(f"{name} ({count})" for name, count in row["first_difference"].items())
+        print(f"{row['case']:44} {row['different_prompts']:3} of {PROMPTS} prompts differ  {where}".rstrip())
+    about = {"model_path": given.model_path and str(given.model_path), "layers": LAYERS, "prompts": PROMPTS}
+    about["compiler_flags"] = os.environ.get("FLASHINFER_EXTRA_CUDAFLAGS")
+    about["hardware"] = "CPU" if given.device == "cpu" else runner.torch.cuda.get_device_name()
+    write_json(
+        given.output or (FOLDER / RESULT.name if given.device == "cpu" else RESULT),
+        about | {"rows": rows, "commit": commit(), "versions": versions(PACKAGES)},
+    )
+    different = sum(row["different_prompts"] for row in rows)
+    print("bytes differ" if different else "the same bytes in every case")
+    return 1 if different else 0
 
 
 if __name__ == "__main__":

@@ -1,25 +1,22 @@
 """Fine-tunes Llama-2-7B with LoRA under DeepSpeed ZeRO-3. Start it with run_llama2_7b_lora.sh.
 
-    arguments -> preflight -> data -> model -> Trainer -> adapter and report
+    read -> check -> decide -> start -> train -> write
 
-This process parses, claims the output folder and forks; a first child does the preflight and tokenises,
-then one child per GPU trains (lora_sft/ranks.py says why). Exit codes: 0 done, 1 a bug, 2 the input or the
-machine, 75 stopped and resumable.
+This process reads the flags, claims the output folder and forks: a first child checks everything and tokenises, then
+one child per GPU trains (lora_sft/launch.py says why). Exit codes: 0 done, 1 a bug, 2 the input or the machine, 75
+stopped and resumable.
 """
 
-import functools
-import json
 import os
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
-from lora_sft import run_folder
+from lora_sft import launch, run_folder
 from lora_sft.arguments import REHEARSAL, TINY_MODEL, Arguments, parse, read_zero_config
-from lora_sft.ranks import StopRequest, run_in_child, run_ranks
 from workbench import UserError
-from workbench.files import claim, commit, disk_full, write_json
+from workbench.files import claim, disk_full
 
 
 def main(argv: list[str]) -> int:
@@ -35,6 +32,40 @@ def main(argv: list[str]) -> int:
         return 2
 
 
+def run(args: Arguments, zero_config: dict, folder: Path, work_dir: Path) -> int:
+    stop = launch.StopRequest(Path(os.environ.get("STOP_FILE") or work_dir / "stop"))
+    stop.install()
+    only_looking = args.preflight_only or args.download_only
+    if not only_looking and run_folder.nothing_to_do(folder, args, zero_config):
+        print(f"{folder} holds this run, finished; nothing to do (--overwrite starts anew)")
+        return 0
+
+    launch.import_shared_libraries()
+    if code := launch.run_in_child(lambda: check(args, zero_config, work_dir), work_dir, stop):
+        return code
+    if only_looking:
+        print("preflight passed" if args.preflight_only else "model and data are in the cache")
+        return 0
+
+    from lora_sft.preflight import Plan
+
+    plan = Plan.load(work_dir)
+    resume_from = run_folder.open_run(folder, args, zero_config, plan)
+
+    def train(rank: int) -> int:
+        if args.device == "cuda":
+            import torch
+
+            torch.cuda.set_device(rank)  # before an import below initialises CUDA on GPU 0
+        # Preflight has fetched everything; PEFT would ask the hub about the base model at every save.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        from lora_sft.train import train_rank
+
+        return train_rank(args, plan, work_dir, resume_from, stop, rank)  # writes what it trained
+
+    return launch.run_ranks(train, plan.world_size, work_dir)
+
+
 def set_up_environment(args: Arguments) -> None:
     """What the libraries read at import."""
     if args.device == "cpu":
@@ -48,58 +79,7 @@ def set_up_environment(args: Arguments) -> None:
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "10")
 
 
-def run(args: Arguments, zero_config: dict, folder: Path, work_dir: Path) -> int:
-    stop = StopRequest(Path(os.environ.get("STOP_FILE") or work_dir / "stop"))
-    stop.install()
-    only_looking = args.preflight_only or args.download_only
-    if not only_looking:
-        start_anew = args.overwrite and run_folder.holds_run(folder)
-        if not start_anew:
-            run_folder.check_owner(folder, args.identity(zero_config))
-        if run_folder.finished(folder) and not start_anew:
-            print(f"{folder} holds this run, finished; nothing to do (--overwrite starts anew)")
-            return 0
-
-    import_shared_libraries()
-    if code := run_in_child(functools.partial(prepare, args, zero_config, work_dir), work_dir, stop):
-        return code
-    if only_looking:
-        print("preflight passed" if args.preflight_only else "model and data are in the cache")
-        return 0
-
-    plan = json.loads((work_dir / "plan.json").read_text())
-    if start_anew:
-        run_folder.clear(folder)
-    run_folder.check_same_inputs(folder, plan)
-    config = {"identity": args.identity(zero_config), "arguments": vars(args), "plan": plan, "commit": commit()}
-    write_json(folder / run_folder.CONFIG, config)
-    latest = run_folder.latest_checkpoint(folder)
-    if latest is None:
-        (folder / run_folder.EVAL_BEFORE).unlink(missing_ok=True)
-    plan["resume_from"] = str(latest) if latest else None
-
-    def train(rank: int) -> int:
-        if args.device == "cuda":
-            import torch
-
-            torch.cuda.set_device(rank)  # before an import below initialises CUDA on GPU 0
-        # Preflight has fetched everything; PEFT would ask the hub about the base model at every save.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        from lora_sft.training import train_rank
-
-        return train_rank(args, plan, work_dir, rank, stop)
-
-    return run_ranks(train, plan["world_size"], work_dir)
-
-
-def import_shared_libraries() -> None:
-    """Before any fork, so that the children share them. These do not initialise CUDA; DeepSpeed and Trainer
-    do (seen on an H200), so the ranks import those themselves."""
-    import torch  # noqa: F401
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-
-
-def prepare(args: Arguments, zero_config: dict, work_dir: Path) -> int:
+def check(args: Arguments, zero_config: dict, work_dir: Path) -> int:
     """The first child: in a rehearsal it builds the tiny model, then preflight, tokens and the plan."""
     from lora_sft import preflight
 

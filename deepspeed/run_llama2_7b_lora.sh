@@ -14,7 +14,7 @@ set -euo pipefail
 # Under sbatch, $0 is Slurm's copy of this file: look beside it, then where sbatch was called.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 for folder in "$here" "${SLURM_SUBMIT_DIR:-$here}" "${SLURM_SUBMIT_DIR:-$here}/deepspeed"; do
-    if [ -f "$folder/lora_sft/training.py" ]; then here=$folder && break; fi
+    if [ -f "$folder/lora_sft/train.py" ]; then here=$folder && break; fi
 done
 if [ ! -f "$here/main.py" ]; then
     echo "error: main.py is not beside $here; call sbatch in the repository's folder" >&2

@@ -4,25 +4,29 @@
 
 Solution and handout are one source. `# Problem 1c: what to do` opens a region, with comment lines that go on, and
 `# End of problem 1c` closes it: the comment stays, as a TODO, the lines below it go, and a line comes in that stops the
-program there. A region of fields (name: type = value) keeps their names. What lies between `# Staff only` and
-`# End of staff only` goes. Files in handout/starter/ replace the solution's of the same path, or join them.
+program there. A region of flags (name: type = flag(value, help)) keeps their names and help. What lies between
+`# Staff only` and `# End of staff only` goes. Files in handout/starter/ replace the solution's of the same path, or join
+them.
 
 Reads the files that git tracks, as they are in the working tree. Exit codes: 0 done, 2 a marker is wrong or something
 of a solution would be left.
 """
 
+import ast
 import json
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
 from workbench import UserError
-from workbench.flags import read_flags
+from workbench.flags import flag, read_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSIGNMENT = "handout/ASSIGNMENT.md"
@@ -30,25 +34,21 @@ STARTER = "handout/starter/"
 # What goes to students: a file or folder that is not named here does not, so that nothing slips through.
 SHIPPED = (
     *(".gitignore", "LICENSE", "Makefile", "env.sh", "pyproject.toml", "requirements.in", "requirements.txt"),
-    *("common/", "deepspeed/", "rehearsal/", "sglang/", ASSIGNMENT, STARTER),
+    *("common/", "deepspeed/", "rehearsal/", "sglang/"),
     *("tests/conftest.py", "tests/harness.py", "tests/test_problem1.py", "tests/test_problem2.py"),
     *("handout/reference.py", "handout/reference/inference/"),
 )
-# The labs hold code like the one to be written; the assignment shows their figures.
-LEFT_OUT = ("sglang/radix_lab.py", "sglang/constrained_lab.py", "_figure.py")
-OPENS = re.compile(r"( *)# Problem (\d[a-z]): (.+)")
-FIELD = re.compile(r"\w+: (int|float|str|bool) = .+")
-STAFF = "# Staff only", "# End of staff only"
+# The labs hold code like the one to be written; the assignment shows their figures, and tests need their engines.
+LEFT_OUT = re.compile(r"sglang/labs/(?!engines\.py)")
+MARKER = re.compile(r"( *)# (Problem (\d[a-z]): .+|End of problem (\d[a-z])|Staff only|End of staff only)")
+ZERO = {"int": "0", "float": "0.0", "str": '""', "bool": "False"}
 TELLING = 14  # characters: shorter lines ("return result") are anybody's
 YEAR_0 = (1980, 1, 1, 0, 0, 0)  # of a zip: equal sources make equal bytes
 
 
-@dataclass
+@dataclass(frozen=True)
 class Flags:
-    output_dir: str = str(ROOT / "build")
-
-
-HELP = {"output_dir": "handout/ in it is made anew, handout.zip beside it"}
+    output_dir: str = flag(str(ROOT / "build"), "handout/ in it is made anew, handout.zip beside it")
 
 
 @dataclass
@@ -70,11 +70,7 @@ def make() -> Handout:
         raise UserError(f"{ROOT}: git does not list its files ({error}); clone the repository") from error
     starter = {path.removeprefix(STARTER): path for path in tracked if path.startswith(STARTER)}
     for path in tracked:
-        if (
-            path.startswith(SHIPPED)
-            and not path.endswith(LEFT_OUT)
-            and not path.startswith((STARTER, ASSIGNMENT))
-        ):
+        if path.startswith(SHIPPED) and not LEFT_OUT.match(path):
             content = (ROOT / path).read_bytes()
             if path in starter:
                 handout.solution += hidden_values(content, (ROOT / starter[path]).read_bytes())
@@ -96,69 +92,66 @@ def cut(path: str, content: bytes, handout: Handout) -> bytes:
     """The students' version of a file; what is taken out goes to `handout`. Raises UserError."""
     if not re.search(rb"# (Problem \d|End of problem|Staff only|End of staff)", content):
         return content
-    kept, region, problem = [], [], None
-    lines = content.decode().splitlines()
-    for number, line in enumerate(lines, start=1):
-        opens = OPENS.fullmatch(line)
-        closes = re.fullmatch(r" *# End of problem (\d[a-z])", line)
-        if (opens or line == STAFF[0]) and problem:
-            raise UserError(f"{path}, line {number}: opens a region inside of {problem}")
-        if opens:
-            indent, problem, hint = opens.groups()
-            kept.append(f"{indent}# TODO problem {problem}: {hint}")
-            region = []
-        elif closes or line == STAFF[1]:
-            if problem != (closes[1] if closes else "staff"):
-                raise UserError(f"{path}, line {number}: closes what was not opened")
-            if closes:
-                handout.problems.append(problem)
-                handout.solution += [
-                    stripped for stripped in map(str.strip, region) if len(stripped) >= TELLING
-                ]
-                kept += stub(indent, problem, region)
-            problem = None
-        elif line == STAFF[0]:
-            problem = "staff"
-        elif re.match(r"\s*# (Problem \d|End of problem|Staff only|End of staff)", line):
+    kept, region, inside = [], [], None
+    for number, line in enumerate(content.decode().splitlines(), start=1):
+        match = MARKER.fullmatch(line)
+        if match is None and re.match(r"\s*# (Problem \d|End of problem|Staff only|End of staff)", line):
             raise UserError(f"{path}, line {number}: a marker that is none: {line.strip()}")
-        elif not problem:
-            kept.append(line)
-        elif problem != "staff":
-            if not region and line.lstrip().startswith("#"):
-                kept.append(line)  # the hint goes on
-            else:
-                region.append(line)
-    if problem:
-        raise UserError(f"{path}: the region of {problem} does not end")
+        if match is None:
+            hint = inside not in (None, "staff") and not region and line.lstrip().startswith("#")
+            (kept if inside is None or hint else region).append(line)
+            continue
+        indent, text, opens, closes = match.groups()
+        if opens or text == "Staff only":
+            if inside:
+                raise UserError(f"{path}, line {number}: opens a region inside of {inside}")
+            inside, region = opens or "staff", []
+            kept += [f"{indent}# TODO {text[0].lower()}{text[1:]}"] if opens else []
+            continue
+        if inside != (closes or "staff"):
+            raise UserError(f"{path}, line {number}: closes what was not opened")
+        if closes:
+            lines, solution = stub(indent, closes, region)
+            kept += lines
+            handout.solution += solution
+            handout.problems.append(closes)
+        inside = None
+    if inside:
+        raise UserError(f"{path}: the region of {inside} does not end")
     return ("\n".join(kept) + "\n").encode()
 
 
-def stub(indent: str, problem: str, region: list[str]) -> list[str]:
-    """What stands in for a region: it stops the program and says where. Fields keep their names, with the zero of
-    their type, so that -h works."""
+def stub(indent: str, problem: str, region: list[str]) -> tuple[list[str], list[str]]:
+    """(what stands in for a region, what must not be left of it). The stub stops the program and says where. Flags
+    keep their names and help, with the zero of their type, so that -h works."""
+    text = textwrap.dedent("\n".join(region))
     stops = ["from workbench.todo import todo", "", f'raise todo("{problem}")']
-    fields = [FIELD.fullmatch(line.strip()) for line in region]
-    if region and all(fields):
-        zero = {"int": "0", "float": "0.0", "str": '""', "bool": "False"}
-        kept = [f"{indent}{match[0].split(' = ')[0]} = {zero[match[1]]}" for match in fields]
-        kept += ["", f"{indent}def __post_init__(self) -> None:"]
-        return kept + [f"{indent}    {line}".rstrip() for line in stops] + [""]
-    return [f"{indent}{line}".rstrip() for line in stops]
+    if not re.match(r"\w+: (int|float|str|bool) = flag\(", text):
+        solution = [line.strip() for line in region if len(line.strip()) >= TELLING]
+        return [f"{indent}{line}".rstrip() for line in stops], solution
+    kept, solution = [], []
+    for entry in ast.parse(text).body:
+        default, told = (ast.get_source_segment(text, node) for node in entry.value.args)
+        name, kind = entry.target.id, entry.annotation.id
+        kept.append(f"{indent}{name}: {kind} = flag({ZERO[kind]}, {told})")
+        solution.append(f"{name}: {kind} = flag({default},")
+    kept += ["", f"{indent}def __post_init__(self) -> None:"]
+    return kept + [f"{indent}    {line}".rstrip() for line in stops] + [""], solution
 
 
 def hidden_values(solution: bytes, starter: bytes) -> list[str]:
     """The solution's values of a JSON file where the students' file has a TODO."""
 
-    def differing(ours: object, theirs: object) -> list:
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            return [value for key in ours for value in differing(ours[key], theirs.get(key))]
-        return [] if ours == theirs else leaves(ours)
+    def leaves(value: object, at: tuple = ()) -> Iterator[tuple[tuple, object]]:
+        inner = (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        )
+        yield from (leaf for key, item in inner for leaf in leaves(item, (*at, key)))
+        if not isinstance(value, dict | list):
+            yield at, value
 
-    def leaves(value: object) -> list:
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-        return [value] if inner is None else [leaf for item in inner for leaf in leaves(item)]
-
-    values = map(str, differing(json.loads(solution), json.loads(starter)))
+    theirs = dict(leaves(json.loads(starter)))
+    values = [str(value) for at, value in leaves(json.loads(solution)) if theirs.get(at) != value]
     return [value for value in values if len(value) > 5]  # true, false and short numbers are anybody's
 
 
@@ -198,15 +191,13 @@ def write(handout: Handout, folder: Path) -> None:
 def main(argv: list[str]) -> int:
     try:
         description = "Makes the students' version of this repository."
-        flags = Flags(**read_flags(argv, Flags, HELP, {}, prog="make_handout.py", description=description))
+        flags = Flags(**read_flags(argv, Flags, prog="make_handout.py", description=description))
         folder = Path(flags.output_dir).absolute()
         handout = make()
         write(handout, folder)
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, UserError) as error:
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"error: {text}", file=sys.stderr)
         return 2
     size_kib = (folder / "handout.zip").stat().st_size / 1024
     print(f"problems     {', '.join(sorted(handout.problems))} in the sources, {STARTER} beside them")

@@ -6,8 +6,8 @@
 The runs are reproducible: rehearsals on the CPU with one thread a process, inference greedy and one record at a time,
 so that also the prefix hits of every record are the same. With the reference's instruction set and lock every byte of
 the answers must be, and every loss to 5 digits (processors with one instruction set still round training differently);
-elsewhere more differs, and records, their order, prompt ids, prefix hits and
-the first token of every answer must be the same. A part without a folder in handout/reference/ is left out.
+elsewhere more differs, and records, their order, prompt ids, prefix hits and the first token of every answer must be
+the same. A part without a folder in handout/reference/ is left out.
 
 Exit codes: 0 the same, 1 not, 2 a run failed.
 """
@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "sglang"))
 from workbench import UserError
 from workbench.files import write_json
-from workbench.flags import read_flags
+from workbench.flags import flag, read_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "handout" / "reference"
@@ -40,32 +40,25 @@ LOSS_TOLERANCE = 1e-5  # relative; between two processors 3e-7 was seen
 ON_ANY_MACHINE = ("real_tokens", "instructions", "prompt_ids_sha256", "cached_tokens", "first_tokens")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Flags:
-    output_dir: str = ""
-    write: bool = False
-
-
-HELP = {
-    "output_dir": "fresh runs go here, in place of older ones",
-    "write": "staff: replace handout/reference/",
-}
+    output_dir: str = flag("", "fresh runs go here, in place of older ones (empty: build/reference/<time>)")
+    write: bool = flag(False, "staff: replace handout/reference/")
 
 
 def finetune(folder: Path) -> dict:
     """Trains in `folder`; returns the fingerprint. Raises UserError."""
     command = [
         "bash",
-        str(ROOT / "deepspeed" / "run_llama2_7b_lora.sh"),
+        "deepspeed/run_llama2_7b_lora.sh",
         "--rehearse",
         "--overwrite",
         "--output_dir",
         str(folder),
     ]
-    if subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
+    if subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
         raise UserError(f"{folder}: the training rehearsal failed, see above")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((folder / "summary.json").read_text())
+    rows, summary = json_lines(folder / "metrics.jsonl"), json.loads((folder / "summary.json").read_text())
     return {
         "real_tokens": [row["real_tokens"] for row in rows],
         "losses": [row["loss"] for row in rows],
@@ -79,7 +72,7 @@ def inference(folder: Path) -> dict:
 
     from batch_infer import prompts
     from batch_infer.arguments import TINY_MODEL, parse
-    from batch_infer.records import PartialFile
+    from batch_infer.store import PartialFile
 
     flags = ["--rehearse", "--overwrite", "--temperature", "0", "--max_new_tokens", "32", "--batch_size", "1"]
     flags += ["--output_file", str(folder / "outputs.jsonl")]
@@ -88,11 +81,9 @@ def inference(folder: Path) -> dict:
         raise UserError(f"{folder}: the inference rehearsal failed, see above")
     from transformers import AutoTokenizer
 
-    args = parse(flags)
-    records = prompts.read(Path(args.prompts))
-    prompts.prepare(records, args, AutoTokenizer.from_pretrained(folder / TINY_MODEL), 1024, {None: ""})
-    rows = [json.loads(line) for line in (folder / ANSWERS).read_text().splitlines()]
-    rows = sorted((row for row in rows if "index" in row), key=lambda row: row["index"])
+    args, tokenizer = parse(flags), AutoTokenizer.from_pretrained(folder / TINY_MODEL)
+    records = prompts.tokenise(prompts.read(Path(args.prompts)), args, tokenizer, 1024, {None: ""})
+    rows = sorted((row for row in json_lines(folder / ANSWERS) if "index" in row), key=lambda row: row["index"])
     return {
         "instructions": [row["instruction"] for row in json.loads((folder / "outputs_all.json").read_text())],
         "prompt_ids_sha256": [sha256(json.dumps(record.input_ids).encode()) for record in records],
@@ -100,6 +91,10 @@ def inference(folder: Path) -> dict:
         "first_tokens": [row["output_ids"][0] for row in rows],
         "answers_sha256": [sha256((folder / name).read_bytes()) for name in FILES["inference"][:2]],
     }
+
+
+def json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def sha256(content: bytes) -> str:
@@ -114,65 +109,57 @@ def machine() -> dict:
     return {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "threads": 1, "lock_sha256": lock}
 
 
-def run(folder: Path, parts: list[str]) -> None:
-    """Fresh runs of `parts` in `folder`, each with its fingerprint. Raises UserError."""
-    for part in parts:
-        found = {"finetune": finetune, "inference": inference}[part](folder / part)
-        write_json(folder / part / FINGERPRINT, {"machine": machine(), **found})
-
-
-def store(folder: Path, parts: list[str]) -> None:
+def store(folder: Path, part: str) -> None:
     """Copies what is small into handout/reference/, without the paths of this machine."""
-    for part in parts:
-        (REFERENCE / part).mkdir(parents=True, exist_ok=True)
-        for name in (*FILES[part], FINGERPRINT):
-            text = (folder / part / name).read_text()
-            text = text.replace(str(folder / part), part).replace(str(ROOT), ".")
-            (REFERENCE / part / name).write_text(text)
+    (REFERENCE / part).mkdir(parents=True, exist_ok=True)
+    for name in (*FILES[part], FINGERPRINT):
+        text = (folder / part / name).read_text()
+        text = text.replace(str(folder / part), part).replace(str(ROOT), ".")
+        (REFERENCE / part / name).write_text(text)
+
+
+def compare(folder: Path, part: str) -> bool:
+    """Prints what differs from the reference; returns whether anything that must not does."""
+    ours, theirs = (json.loads((base / part / FINGERPRINT).read_text()) for base in (folder, REFERENCE))
+    here, there = ours["machine"], theirs["machine"]
+    other = [f"{name} {here[name]}, there {there[name]}" for name in there if here[name] != there[name]]
+    compared = f"what rounding leaves alone ({'; '.join(other)})" if other else "everything"
+    found = differences(ours, theirs)
+    print(f"{part:12} {'DIFFERS: ' + ', '.join(found) if found else 'the same'}; compared: {compared}")
+    return bool(found)
 
 
 def differences(ours: dict, theirs: dict) -> list[str]:
-    """What differs between two fingerprints of a part, of what must not."""
-    same_machine = ours["machine"] == theirs["machine"]
-    return [
-        name
-        for name in theirs
-        if name != "machine" and (same_machine or name in ON_ANY_MACHINE) and not agree(name, ours, theirs)
-    ]
+    """What differs between two fingerprints of a part, of what must not: losses by more than LOSS_TOLERANCE."""
 
+    def same(name: str) -> bool:
+        one, other = ours.get(name), theirs[name]
+        if not name.endswith("losses") or len(one) != len(other):
+            return one == other
+        return all(math.isclose(*pair, rel_tol=LOSS_TOLERANCE) for pair in zip(one, other, strict=True))
 
-def agree(name: str, ours: dict, theirs: dict) -> bool:
-    """Losses to LOSS_TOLERANCE, everything else exactly."""
-    one, other = ours.get(name), theirs[name]
-    if not name.endswith("losses") or len(one) != len(other):
-        return one == other
-    return all(math.isclose(*pair, rel_tol=LOSS_TOLERANCE) for pair in zip(one, other, strict=True))
+    names = theirs.keys() - {"machine"} if ours["machine"] == theirs["machine"] else set(ON_ANY_MACHINE)
+    return [name for name in theirs if name in names and not same(name)]
 
 
 def main(argv: list[str]) -> int:
     try:
         description = "Compares this machine with the reference's on the CPU rehearsals."
-        flags = Flags(**read_flags(argv, Flags, HELP, {}, prog="reference.py", description=description))
+        flags = Flags(**read_flags(argv, Flags, prog="reference.py", description=description))
         stamp = time.strftime("%Y%m%d-%H%M%S")
         folder = Path(flags.output_dir or ROOT / "build" / "reference" / stamp).absolute()
         parts = [part for part in FILES if flags.write or (REFERENCE / part).is_dir()]
-        run(folder, parts)
+        for part in parts:
+            found = {"finetune": finetune, "inference": inference}[part](folder / part)
+            write_json(folder / part / FINGERPRINT, {"machine": machine(), **found})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if flags.write:
-        store(folder, parts)
+        for part in parts:
+            store(folder, part)
         return 0
-    different = False
-    for part in parts:
-        ours, theirs = (json.loads((base / part / FINGERPRINT).read_text()) for base in (folder, REFERENCE))
-        found = differences(ours, theirs)
-        other = [f"{name} {ours['machine'][name]}, there {theirs['machine'][name]}" for name in theirs["machine"]
-                 if ours["machine"][name] != theirs["machine"][name]]  # fmt: skip
-        compared = "everything" if not other else f"what rounding leaves alone ({'; '.join(other)})"
-        print(f"{part:12} {'DIFFERS: ' + ', '.join(found) if found else 'the same'}; compared: {compared}")
-        different = different or bool(found)
-    return int(different)
+    return int(any([compare(folder, part) for part in parts]))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python sglang/check_outputs.py outputs.jsonl [--against reference.jsonl] [--strict] [--json]
 
 Alone: rows, keys and their order, the order of the instructions (outputs_all.json beside it), failed records
-(summary.json beside it), and as remarks empty, cut and looping answers. Against a reference: rows that are
-identical, and for the others where they first differ. If both summaries are there and GPU, lock, profile,
-revision or seed differ, bytes cannot match: similarity is reported instead, and only --strict fails.
+(summary.json beside it), and as remarks empty, looping and cut answers, with a warning above a tenth of the rows.
+Against a reference: rows that are identical, and for the others where they first differ. If both summaries are there
+and GPU, lock, profile, revision or seed differ, bytes cannot match: similarity is reported instead, and only --strict
+fails.
 
 Exit codes: 0 in order, 1 not, 2 a file cannot be read.
 """
@@ -20,57 +21,62 @@ from pathlib import Path
 KEYS = ["output", "instruction"]
 EVERY = 10
 MUST_MATCH = (
-    "gpu_name",
-    "cpu_capability",
-    "lock_sha256",
-    "kernels_sha256",  # on GPUs
-    "profile",
-    "model_revision",
-    "weights_id",
-    "seed",
+    *("gpu_name", "cpu_capability", "lock_sha256", "kernels_sha256", "profile"),
+    *("model_revision", "weights_id", "seed"),
 )
 LOOP_CHARS, LOOP_TIMES = 20, 8  # an answer that ends in this many repetitions of a piece loops
+FAULTS = {
+    "empty": "empty",
+    "looping": "looping at the end",
+    "cut": "cut in mid-sentence, as by the token limit",
+}
+PROSE_CHARS = 40  # shorter last lines (names, numbers, titles, items of a list) need no full stop
+MOST_SHARE = 0.1  # of the rows that may be empty, looping or cut without a warning
 
 
 class Unreadable(Exception):
     pass
 
 
-def read_rows(path: Path, problems: list[str]) -> list[dict]:
-    """The rows of a JSONL file; what is wrong with them goes to `problems`."""
+def read(path: Path) -> str:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise Unreadable(f"{path}: cannot be read ({error})") from error
-    if lines and lines[-1] == "":
-        lines.pop()
-    else:
+
+
+def read_beside(path: Path, name: str, kind: type) -> object:
+    """A JSON file in the folder of `path`; None where there is none, or not one of this `kind`."""
+    try:
+        value = json.loads((path.parent / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, kind) else None
+
+
+def parse_rows(text: str, problems: list[str]) -> list[dict]:
+    """The rows of a JSONL file; what is wrong with them goes to `problems`."""
+    *lines, rest = text.split("\n")
+    if rest:
         problems.append("the last line does not end: was the file cut?")
+        lines.append(rest)
     rows = []
     for number, line in enumerate(lines, start=1):
+        row, wrong = {}, ""
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            problems.append(f"line {number}: not valid JSON ({getattr(error, 'msg', error)})")
-            row = {}
+            wrong = f"not valid JSON ({getattr(error, 'msg', error)})"
         if not isinstance(row, dict):
-            problems.append(f"line {number}: not an object")
-            row = {}
-        elif list(row) != KEYS and row:
-            problems.append(f"line {number}: keys are {list(row)}, expected {KEYS}")
-        if any(not isinstance(row.get(key, ""), str) for key in KEYS):
-            problems.append(f"line {number}: {KEYS[0]} and {KEYS[1]} must be text")
-            row = {}
+            row, wrong = {}, "not an object"
+        elif not wrong and list(row) != KEYS:
+            wrong = f"keys are {list(row)}, expected {KEYS}"
+        if not all(isinstance(row.get(key, ""), str) for key in KEYS):
+            row, wrong = {}, f"{KEYS[0]} and {KEYS[1]} must be text"
+        if wrong:
+            problems.append(f"line {number}: {wrong}")
         rows.append({key: row.get(key, "") for key in KEYS})
     return rows
-
-
-def beside(path: Path, name: str) -> object:
-    """A JSON file in the folder of `path`, or None."""
-    try:
-        return json.loads((path.parent / name).read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def loops(text: str) -> bool:
@@ -82,45 +88,58 @@ def loops(text: str) -> bool:
     return False
 
 
-def check(path: Path, expected: int) -> dict:
-    """{rows, problems, remarks, lengths}: what can be said about one file. `expected` rows without a summary."""
+def looks_cut(text: str) -> bool:
+    """Whether a code fence is open, or a last line of PROSE_CHARS ends in a letter, a digit or one of , ; : - ( [."""
+    last = text.rstrip().rpartition("\n")[2].strip()
+    in_mid_sentence = len(last) >= PROSE_CHARS and (last[-1].isalnum() or last[-1] in ",;:-([")
+    return in_mid_sentence or text.count("```") % 2 == 1
+
+
+def faults(text: str, cut: bool | None) -> list[str]:
+    """Keys of FAULTS. `cut`: by the token limit, as summary.json says; None: to be judged by the text."""
+    if not text.strip():
+        return ["empty"]
+    looping = loops(text)
+    if cut is None:
+        cut = not looping and looks_cut(text)
+    return ["looping"] * looping + ["cut"] * cut
+
+
+def check(text: str, expected: int, summary: dict | None = None, everything: list | None = None) -> dict:
+    """What can be said about one file: {rows, problems, remarks, warnings, counts, lengths}. `summary` and
+    `everything`: summary.json and outputs_all.json of the run; `expected` rows without a summary."""
     problems, remarks = [], []
-    rows = read_rows(path, problems)
-    summary, everything = beside(path, "summary.json"), beside(path, "outputs_all.json")
-    if isinstance(summary, dict) and "records" in summary:
-        expected = (summary["records"] + EVERY - 1) // EVERY
-        if len(rows) != expected:
-            problems.append(f"{len(rows)} rows, expected {expected} (every {EVERY}th of {summary['records']})")
-        failed = {failure["index"]: failure["reason"] for failure in summary.get("failures", [])}
-        truncated = set(summary.get("truncated", []))
-    else:
-        failed, truncated = {}, set()
-        if len(rows) != expected:
-            problems.append(
-                f"{len(rows)} rows, expected {expected} (no summary.json beside it; --rows says otherwise)"
-            )
-    if isinstance(everything, list):
-        instructions = [row.get("instruction") for row in everything[::EVERY]]
-        wrong = [i for i, (row, want) in enumerate(zip(rows, instructions)) if row["instruction"] != want]  # noqa: B905
+    rows, summary = parse_rows(text, problems), summary or {}
+    of = "no summary.json beside it; --rows says otherwise"
+    if "records" in summary:
+        expected, of = -(-summary["records"] // EVERY), f"every {EVERY}th of {summary['records']}"
+    if len(rows) != expected:
+        problems.append(f"{len(rows)} rows, expected {expected} ({of})")
+    repeated = len(rows) - len({row["instruction"] for row in rows})
+    if everything is not None:
+        wanted = [row.get("instruction") for row in everything[::EVERY]]
+        wrong = [i for i, (row, want) in enumerate(zip(rows, wanted)) if row["instruction"] != want]  # noqa: B905
         if wrong:
             problems.append(f"line {wrong[0] + 1}: not the instruction of record {wrong[0] * EVERY}")
-    repeated = len(rows) - len({row["instruction"] for row in rows})
-    if repeated and not isinstance(everything, list):
+    elif repeated:
         remarks.append(f"{repeated} instructions appear more than once")
+    failed = {failure["index"]: failure["reason"] for failure in summary.get("failures", [])}
+    truncated, counts = summary.get("truncated"), dict.fromkeys(FAULTS, 0)
     for number, row in enumerate(rows, start=1):
         index = (number - 1) * EVERY
         if index in failed:
             problems.append(f"line {number}: record {index} failed: {failed[index]}")
-        elif not row["output"].strip():
-            remarks.append(f"line {number}: the answer is empty")
-        elif loops(row["output"]):
-            remarks.append(f"line {number}: the answer ends in a loop")
-        if index in truncated:
-            remarks.append(f"line {number}: the answer was cut by the token limit")
+            continue
+        for fault in faults(row["output"], None if truncated is None else index in truncated):
+            counts[fault] += 1
+            remarks.append(f"line {number}: the answer is {FAULTS[fault]}")
     others = [index for index in failed if index % EVERY]
     if others:
         remarks.append(f"{len(others)} records outside this file failed, e.g. {others[0]}: {failed[others[0]]}")
-    return {"rows": rows, "problems": problems, "remarks": remarks, "lengths": lengths(rows)}
+    warnings = [f"{count} of {len(rows)} answers are {FAULTS[fault]}" for fault, count in counts.items()
+                if count > MOST_SHARE * len(rows)]  # fmt: skip
+    return {"rows": rows, "problems": problems, "remarks": remarks, "warnings": warnings, "counts": counts,
+            "lengths": lengths(rows)}  # fmt: skip
 
 
 def lengths(rows: list[dict]) -> dict:
@@ -135,28 +154,22 @@ def similarity(left: str, right: str) -> float:
     return difflib.SequenceMatcher(None, *words, autojunk=False).ratio() if any(words) else 1.0
 
 
-def compare(path: Path, reference: Path, rows: list[dict], wanted: list[dict]) -> dict:
-    """{identical, differing, reasons, similarity}: row by row."""
+def compare(rows: list[dict], wanted: list[dict], settings: list[dict]) -> dict:
+    """Row by row against the reference's; `settings` of both summaries, {} where there is none."""
+    pairs = list(zip(rows, wanted))  # noqa: B905
     differing = []
-    for number, (row, want) in enumerate(zip(rows, wanted), start=1):  # noqa: B905
-        for key in KEYS:
-            if row[key] != want[key]:
-                pairs = zip(row[key], want[key])  # noqa: B905
-                length = min(len(row[key]), len(want[key]))
-                at = next((i for i, (a, b) in enumerate(pairs) if a != b), length)
-                differing.append({"line": number, "key": key, "position": at})
-                break
-    settings = [(beside(file, "summary.json") or {}).get("settings", {}) for file in (path, reference)]
-    reasons = []
-    if all(settings):
-        reasons = [
-            f"{key}: {settings[0].get(key)} here, {settings[1].get(key)} in the reference"
-            for key in MUST_MATCH
-            if settings[0].get(key) != settings[1].get(key)
-        ]
-    close = [similarity(row["output"], want["output"]) for row, want in zip(rows, wanted)]  # noqa: B905
+    for number, (row, want) in enumerate(pairs, start=1):
+        key = next((key for key in KEYS if row[key] != want[key]), None)
+        if key:
+            length = min(len(row[key]), len(want[key]))
+            at = next((i for i in range(length) if row[key][i] != want[key][i]), length)
+            differing.append({"line": number, "key": key, "position": at})
+    ours, theirs = settings
+    reasons = [f"{key}: {ours.get(key)} here, {theirs.get(key)} in the reference" for key in MUST_MATCH
+               if ours and theirs and ours.get(key) != theirs.get(key)]  # fmt: skip
+    close = [similarity(row["output"], want["output"]) for row, want in pairs]
     return {
-        "identical": min(len(rows), len(wanted)) - len(differing),
+        "identical": len(pairs) - len(differing),
         "differing": differing,
         "extra_rows": len(rows) - len(wanted),
         "bytes_cannot_match": reasons,
@@ -173,19 +186,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--strict", action="store_true", help="remarks and explained differences fail too")
     parser.add_argument("--json", action="store_true", help="one JSON object for an autograder")
     args = parser.parse_args(argv)
+    summary = read_beside(args.file, "summary.json", dict)
     try:
-        report = check(args.file, args.rows)
+        report = check(read(args.file), args.rows, summary, read_beside(args.file, "outputs_all.json", list))
         rows = report.pop("rows")
         report["row_count"] = len(rows)
         bad = bool(report["problems"]) or (args.strict and bool(report["remarks"]))
         if args.against:
-            found = []
-            against = compare(args.file, args.against, rows, read_rows(args.against, found))
-            report["against"] = against | {"reference_problems": found}
+            problems: list[str] = []
+            wanted = parse_rows(read(args.against), problems)
+            summaries = summary, read_beside(args.against, "summary.json", dict)
+            against = compare(rows, wanted, [(one or {}).get("settings", {}) for one in summaries])
+            report["against"] = against | {"reference_problems": problems}
             # Another machine explains other answers, nothing else.
             explained = against["bytes_cannot_match"] and not args.strict
             unexplained = [row for row in against["differing"] if row["key"] != "output" or not explained]
-            bad = bad or bool(unexplained or against["extra_rows"] or found)
+            bad = bad or bool(unexplained or against["extra_rows"] or problems)
     except Unreadable as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -194,16 +210,19 @@ def main(argv: list[str]) -> int:
         print(json.dumps(report, indent=2, sort_keys=True))
     else:
         show(report)
-    return 1 if bad else 0
+    return int(bad)
 
 
 def show(report: dict) -> None:
     def lengths_text(sizes: dict) -> str:
         return f"{sizes['mean']:,.0f} characters on average, median {sizes['median']:,.0f}, longest {sizes['max']:,}"
 
-    print(f"{report['row_count']} rows, {lengths_text(report['lengths'])}")
+    counts = ", ".join(f"{count} {kind}" for kind, count in report["counts"].items())
+    print(f"{report['row_count']} rows, {lengths_text(report['lengths'])}; {counts}")
     for text in report["problems"]:
         print(f"PROBLEM  {text}")
+    for text in report["warnings"]:
+        print(f"WARNING  {text}")
     for text in report["remarks"][:10]:
         print(f"remark   {text}")
     if len(report["remarks"]) > 10:
@@ -222,7 +241,8 @@ def show(report: dict) -> None:
             print(f"similarity {against['similarity']:.2f} (1: the same words in the same order)")
         for row in against["differing"][:10]:
             print(f"  line {row['line']}: {row['key']} differs from character {row['position']}")
-    print("in order" if report["ok"] else "NOT in order")
+    warned = ", but read the WARNING" if report["warnings"] else ""
+    print(f"in order{warned}" if report["ok"] else "NOT in order")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Fixtures. Real DeepSpeed and the real SGLang Runtime on the CPU, quickly: every run is forked from this
 process (harness.py)."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -38,9 +39,13 @@ settings.load_profile("repository")
 
 
 def pytest_collection_modifyitems(items):
-    """Quick files first, so that a slip shows in seconds."""
-    slow = ("test_training", "test_resume", "test_launcher", "test_inference", "test_determinism")
-    items.sort(key=lambda item: item.path.stem in slow)
+    """`make test` runs two workers: one imports DeepSpeed, the other SGLang, and each file stays with one."""
+    slow = ("test_training", "test_resume", "test_inference", "test_determinism")
+    items.sort(key=lambda item: item.path.stem in slow)  # quick files first: a slip shows in seconds
+    for item in items:
+        group = "inference" if "runtime" in item.fixturenames else item.path.stem
+        group = "training" if "libraries" in item.fixturenames and group != "inference" else group
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
@@ -49,15 +54,21 @@ def scratch(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def libraries():
-    """Imports what a run needs, once per session (20 s of CPU time)."""
-    # The last ones are otherwise imported in every forked rank, at the first step.
-    import main
+def transformers():
+    """Imports what every run needs, once per worker."""
     import matplotlib.pyplot  # noqa: F401
+    import torch  # noqa: F401
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def libraries(transformers):
+    """Imports what fine-tuning needs. The last ones are otherwise imported in every rank, at its first step."""
+    import main
     import networkx  # noqa: F401
     import torch._dynamo  # noqa: F401
 
-    import lora_sft.training  # noqa: F401
+    import lora_sft.train  # noqa: F401
 
     return main
 
@@ -93,27 +104,25 @@ def _build(scratch: Path, name: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(scratch, libraries) -> Path:
+def tiny_model(scratch, transformers) -> Path:
     """The rehearsal's Llama, as a folder."""
     return _build(scratch, "tiny_llama")
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen2(scratch, libraries) -> Path:
+def tiny_qwen2(scratch, transformers) -> Path:
     """The rehearsal's Qwen2, as a folder."""
     return _build(scratch, "tiny_qwen2")
 
 
 @pytest.fixture(scope="session")
-def runtime():
-    """Imports SGLang once per session (15 s of CPU time)."""
-    import matplotlib.pyplot  # noqa: F401
+def runtime(transformers):
+    """Imports SGLang, whose processes are forked from here on."""
+    import engines
     import run_sglang
-    import sglang.srt.entrypoints.engine
-    import sglang.srt.managers.scheduler  # noqa: F401
     import xgrammar  # noqa: F401
-    from transformers import AutoTokenizer  # noqa: F401
 
+    engines.fork_engine_processes()
     return run_sglang
 
 
@@ -125,7 +134,6 @@ def run_inference(runtime, tiny_qwen2, tmp_path_factory):
 
     def run(*flags, patch: Callable[[], None] | None = None) -> Process:
         def program() -> int:
-            runtime.runtime.fork_engine_processes()
             if patch:
                 patch()
             words = [str(flag) for flag in flags]
@@ -164,3 +172,38 @@ def quick(tiny_model) -> list[str]:
         ),
         *("--max_seq_len", "192", "--tokens_per_micro_batch", "192", "--max_steps", "6", "--save_steps", "2"),
     ]
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory) -> Path:
+    """12 of the shipped instructions, two of them the same."""
+    rows = json.loads((ROOT / "rehearsal" / "instructions.json").read_text())[:11]
+    path = tmp_path_factory.mktemp("prompts") / "few.json"
+    path.write_text(json.dumps([*rows, rows[0]]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def flags(few) -> list:
+    """Of an inference run over `few` that takes seconds."""
+    return ["--prompts", few, "--max_new_tokens", 32, "--max_running_requests", 4]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted_inference(run_inference, flags, tmp_path_factory) -> Path:
+    """The folder of a run that nothing disturbed, with what it printed in terminal.txt."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    code, text = run_inference(*flags, "--output_file", out / "outputs.jsonl").wait()
+    assert code == 0, text
+    (out / "terminal.txt").write_text(text)
+    return out
+
+
+@pytest.fixture(scope="session")
+def adapter(libraries, quick, tmp_path_factory) -> Path:
+    """Trained by the fine-tuning program of this repository."""
+    out = tmp_path_factory.mktemp("adapter") / "out"
+    flags = [*quick, "--learning_rate", "0.02", "--output_dir", str(out)]
+    code, text = fork(lambda: libraries.main(flags), out.parent / "terminal.txt").wait()
+    assert code == 0, text
+    return out

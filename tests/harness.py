@@ -3,6 +3,7 @@
 The parent (pytest) must not start threads or compute with torch: children are forked from it.
 """
 
+import json
 import os
 import signal
 import sys
@@ -72,7 +73,40 @@ def fork(function: Callable[[], int], output: Path, env: dict[str, str] | None =
         os._exit(code)
 
 
+def in_child(function: Callable[[], object], folder: Path) -> str:
+    """What `function` prints in a forked child, where torch may compute and libraries may be patched; what it raises
+    fails the test."""
+
+    def run() -> int:
+        function()
+        return 0
+
+    code, text = fork(run, folder / "child.txt").wait()
+    print(text)
+    assert code == 0, text
+    return text
+
+
 def children_of(pid: int) -> list[int]:
     """Child processes of `pid`, oldest first."""
     path = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(child) for child in path.read_text().split()] if path.exists() else []
+
+
+# --- an inference run's folder ------------------------------------------------------------------------
+
+
+def answers(folder: Path) -> tuple[bytes, bytes]:
+    """outputs.jsonl and outputs_all.json, as they are."""
+    return (folder / "outputs.jsonl").read_bytes(), (folder / "outputs_all.json").read_bytes()
+
+
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def partial_rows(folder: Path) -> list[dict]:
+    """What outputs.partial.jsonl holds of records."""
+    path = folder / "outputs.partial.jsonl"
+    rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    return [row for row in rows if "index" in row]

@@ -113,16 +113,13 @@ def test_full_disk_while_training(refused):
     """/dev/full answers every write with "no space left on device"."""
 
     def fill():
-        from lora_sft import training
-
-        begin = training.RunCallback.on_train_begin
+        from lora_sft import watch
 
         def on_train_begin(self, *args, **kwargs):
-            begin(self, *args, **kwargs)
             if os.environ["RANK"] == "0":
-                (self.folder / "metrics.jsonl").symlink_to("/dev/full")
+                self.path.symlink_to("/dev/full")
 
-        training.RunCallback.on_train_begin = on_train_begin
+        watch.Metrics.on_train_begin = on_train_begin
 
     message = refused(patch=fill)
     assert "the disk or quota of" in message

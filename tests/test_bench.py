@@ -1,10 +1,10 @@
 """The benchmarks of inference: the same work for every row, and ratios within a command only."""
 
-import argparse
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,85 +13,125 @@ from harness import ROOT, fork
 sys.path.append(str(ROOT / "bench"))
 import batch_invariance
 import offline_throughput
-import qwen_shape
+import rows
 import same_bytes
+import shapes
 
 from batch_infer.arguments import Arguments
-from batch_infer.engine import environment
+from batch_infer.engine_args import environment
 from workbench import UserError, files
 
-GIVEN = {"records": None, "seed": 0, "capped": False, "limit": 0, "cap": 8192}
+
+def given(**changes) -> SimpleNamespace:
+    """Flags of offline_throughput.py."""
+    flags = {"records": None, "seed": 0, "limit": 0, "cap": 8192, "device": "cpu", "engine_args": "{}"}
+    return SimpleNamespace(**flags | {"model_path": None, "lora_path": None} | changes)
+
+
+def bench(script: str, *words: object, expect: int = 0) -> str:
+    command = [sys.executable, "-P", str(ROOT / "bench" / script), *map(str, words), "--device", "cpu"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == expect, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+# --- offline_throughput.py ----------------------------------------------------------------------------
 
 
 def test_drawn_lengths_are_alpaca_evals():
     """437,212 answer tokens and 56,237 with template for the prompts; another seed draws others."""
-    records = offline_throughput.workload(argparse.Namespace(**GIVEN), 152064)
-    assert len({record.key for record in records}) == len(records) == 805
-    assert sum(record.answer_tokens for record in records) == pytest.approx(437_212, rel=0.06)
-    assert sum(len(record.input_ids) for record in records) == pytest.approx(56_237, rel=0.1)
-    again = offline_throughput.workload(argparse.Namespace(**GIVEN), 152064)
-    assert records == again
-    other = offline_throughput.workload(argparse.Namespace(**GIVEN | {"seed": 1}), 152064)
-    assert [r.answer_tokens for r in records] != [r.answer_tokens for r in other]
-    capped = offline_throughput.workload(argparse.Namespace(**GIVEN | {"capped": True}), 152064)
-    assert sum(record.answer_tokens == 8192 for record in capped) == 161
+    work = offline_throughput.workload(given(), 152064)
+    assert len(work) == 805
+    assert sum(tokens for _, tokens in work) == pytest.approx(437_212, rel=0.06)
+    assert sum(len(ids) for ids, _ in work) == pytest.approx(56_237, rel=0.1)
+    assert work == offline_throughput.workload(given(), 152064)
+    assert work != offline_throughput.workload(given(seed=1), 152064)
 
 
 def test_prompts_share_the_header_only():
-    first, second = (qwen_shape.prompt_ids(text, 1000) for text in ("a" * 80, "b" * 400))
+    first, second = (offline_throughput.prompt_ids(text, 1000) for text in ("a" * 80, "b" * 400))
     assert (len(first), len(second)) == (20 + 29, 100 + 29)
-    assert first[: qwen_shape.HEADER_TOKENS] == second[: qwen_shape.HEADER_TOKENS]
-    assert first[qwen_shape.HEADER_TOKENS :] != second[qwen_shape.HEADER_TOKENS : len(first)]
+    assert first[:24] == second[:24]
+    assert first[24:] != second[24 : len(first)]
 
 
-@pytest.mark.parametrize(
-    "text", ["[{}]", "not json", '["text"]', '[{"instruction": "a", "output_tokens": "b"}]']
-)
-def test_bad_records_are_one_line(tmp_path, text):
-    (tmp_path / "records.json").write_text(text)
-    with pytest.raises(UserError, match=r"--records .*: a JSON array of objects with instruction"):
-        offline_throughput.workload(
-            argparse.Namespace(**GIVEN | {"records": tmp_path / "records.json"}), 152064
-        )
+@pytest.mark.parametrize("row", [{}, "text", {"instruction": "a", "output_tokens": "b"}])
+def test_bad_records_are_one_line(tmp_path, row):
+    (tmp_path / "records.json").write_text(json.dumps([{"instruction": "a", "output_tokens": 5}, row]))
+    with pytest.raises(UserError, match=r"--records .*, row 2: no instruction and output_tokens"):
+        offline_throughput.workload(given(records=str(tmp_path / "records.json")), 152064)
 
 
-def test_ratios_stay_within_a_command():
-    def part(file, roofline, **seconds):
-        return {
-            "workload": {"capped_fifth": False, "file_sha256": file, "records": 805},
-            "roofline_s": roofline,
-            "kernel_floor_s": roofline * 1.2,
-            "rows": [{"row": row, "seconds": value} for row, value in seconds.items()],
-        }
-
-    merged = offline_throughput.merge(
-        [
-            part("abc", 10.0, fast=20.0, batches_64=100.0),
-            part("abc", 10.0, fast=10.0, batches_64=30.0, default=15.0, fast_dp2=5.0),
-            part(None, 10.0, fast=1.0, batches_64=99.0),
-        ]
+def test_rows_are_commands_of_the_program(tmp_path):
+    """A lever is a flag, an engine argument or (in capitals) an environment variable."""
+    args, variables = offline_throughput.command(
+        "default,tp_size=2,page_size=16,kv_cache_dtype=auto,A_B=1", given()
     )
-    assert merged["ratio_vs_batches_64"] == 5.0  # the first part's; drawn lengths stand apart
-    assert merged["ratio_to_roofline"] == 2.0
-    assert merged["ratio_default_to_fast"] == 1.5
-    assert merged["dp2_scaling"] == 2.0
-    assert merged["ratio_vs_defaults"] is None
-    assert merged["ratios"]["reference_drawn"] == [
-        {"fast": 1.0, "batches_64": 99.0, "roofline": 0.1, "kernel_floor": 1 / 12}
+    assert (args.fast, args.tp_size, args.dp_size, args.max_new_tokens) == (False, 2, 1, 8192)
+    assert args.own_engine_args == {"page_size": 16, "kv_cache_dtype": "auto"}
+    assert variables == {"A_B": "1"}
+    assert offline_throughput.command("fast_dp2", given())[0].dp_size == 2
+    adapter = given(model_path=str(tmp_path), lora_path=str(tmp_path))
+    assert offline_throughput.command("adapter", adapter)[0].lora_path == str(tmp_path)
+    with pytest.raises(UserError, match="the row adapter needs --lora_path"):
+        offline_throughput.command("adapter", given())
+    assert all(
+        offline_throughput.command(row, given())[0].fast for row in ("fast", "sglang_defaults", "batches_64")
+    )
+
+
+@pytest.mark.parametrize("row", ["slow", "batches_0", "batches_64,page_size=1", "fast,page_size"])
+def test_rows_that_do_not_exist_are_one_line(row):
+    with pytest.raises(UserError, match=f"no row {row}"):
+        offline_throughput.command(row, given())
+
+
+def test_records_end_at_their_lengths_in_both_profiles():
+    work = [([5, 6], 3), ([7], 4)]
+    for row, seeds in (("default", [0, 1]), ("fast", [None, None])):
+        args = offline_throughput.command(row, given(device="cuda", model_path="a/b"))[0]
+        params = [record.sampling_params for record in offline_throughput.records_of(work, args)]
+        assert [p["custom_params"] for p in params] == [{"answer_tokens": 3}, {"answer_tokens": 4}]
+        assert [p.get("sampling_seed") for p in params] == seeds
+        assert {p["max_new_tokens"] for p in params} == {8192}
+
+
+def test_the_roofline_computes_a_shared_prefix_once():
+    """Prompts of 3 and 4 tokens that share 2 and answers of 1 and 2: 5 tokens to prefill, then 2 steps at 1,000 bytes/s."""
+    model = SimpleNamespace(streamed_bytes=1000, kv_bytes_per_token=10)
+    rates = {"bandwidth_bytes_per_s": 1000.0, "matmul_flops_per_s": 1e6}
+    found = offline_throughput.roofline_s([([1, 2, 3], 1), ([1, 2, 4, 5], 2)], model, rates)
+    assert found == pytest.approx(5 * 1000 / 1e6 + (1000 + 7 * 10) / 1000 + (1000 + 5 * 10) / 1000)
+
+
+def test_ratios_are_to_fast_of_the_same_command():
+    measured = [
+        {"row": "fast", "seconds": 20.0},
+        {"row": "default", "seconds": 25.0},
+        {"row": "adapter", "error": "no"},
     ]
+    found = offline_throughput.ratios({"rows": measured, "roofline_s": 10.0})
+    assert found == {"ratios": {"fast": 1.0, "default": 1.25, "fast_to_roofline": 2.0}}
+    assert offline_throughput.ratios({"rows": measured[1:], "roofline_s": 10.0}) == {"ratios": {}}
 
 
-def test_the_kernel_floor_is_the_sum_over_steps():
-    """Two records of 1 and 3 tokens: steps of 2, 1 and 1 running, with 10 + 20, 21 and 22 tokens of KV."""
-    model = argparse.Namespace(kv_bytes_per_token=100)
-    found = offline_throughput.kernel_floor_s([(10, 1), (20, 3)], model, 1000.0, {1: 5.0, 3: 9.0})
-    assert found == pytest.approx(7 + 5 + 5 + (30 + 21 + 22) / 10)
+def test_the_environment_of_a_row(monkeypatch, tmp_path):
+    """Kernels of other compiler flags have a folder of their own; None unsets what run_sglang.py sets."""
+    monkeypatch.setattr(os, "environ", {"FLASHINFER_WORKSPACE_BASE": str(tmp_path)})
+    args = offline_throughput.command("fast", given(device="cuda", model_path="a/b"))[0]
+    inputs = SimpleNamespace(machine=SimpleNamespace(compiler={"CUDA_HOME": "/cuda"}))
+    offline_throughput.set_up_environment(args, inputs, {})
+    assert os.environ["FLASHINFER_WORKSPACE_BASE"] == str(tmp_path)
+    assert os.environ["RUNTIME_PLUGINS"] == "lean_sampler,answer_lengths"
+    offline_throughput.set_up_environment(args, inputs, dict.fromkeys(environment(args)))
+    assert not {"FLASHINFER_EXTRA_CUDAFLAGS", "SGLANG_FORCE_STREAM_INTERVAL"} & os.environ.keys()
+    assert os.environ["FLASHINFER_WORKSPACE_BASE"] == str(tmp_path / "kernels_of_other_flags")
+    assert os.environ["RUNTIME_PLUGINS"] == ",answer_lengths"
 
 
 @pytest.mark.long
-def test_rows_on_the_cpu(tiny_qwen2, tmp_path):
-    """Rows end at their lengths (the script refuses others); of a capped workload two batches stand for all."""
-    adapter = tmp_path / "adapter"
+def test_rows_of_inference_on_the_cpu(tiny_qwen2, tmp_path):
+    """Rows end at their lengths (the script refuses others); one that fails leaves its reason and the others run."""
 
     def make_adapter() -> int:
         import peft
@@ -99,59 +139,177 @@ def test_rows_on_the_cpu(tiny_qwen2, tmp_path):
 
         base = transformers.AutoModelForCausalLM.from_pretrained(tiny_qwen2)
         projections = ["q_proj", "k_proj", "v_proj", "down_proj"]
-        peft.get_peft_model(base, peft.LoraConfig(target_modules=projections)).save_pretrained(adapter)
+        adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=projections))
+        adapted.save_pretrained(tmp_path / "adapter")
         return 0
 
     code, text = fork(make_adapter, tmp_path / "child.txt").wait()
     assert code == 0, text
-    command = [
-        sys.executable,
-        "-P",
-        str(ROOT / "bench" / "offline_throughput.py"),
-        "batches_32",
-        "transformers",
-        "default_adapter,max_loras_per_batch=3",
-    ]
-    command += ["--device", "cpu", "--model_path", str(tiny_qwen2), "--limit", "80", "--cap", "10", "--capped"]
-    command += ["--peer_records", "4", "--engine_args", "{}", "--part", str(tmp_path / "part.json")]
-    command += ["--lora_path", str(adapter)]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    rows = {row["row"]: row for row in json.loads((tmp_path / "part.json").read_text())["rows"]}
-    assert list(rows) == [
-        "fast",
-        "batches_32",
-        "transformers",
-        "fast_on_the_same",
-        "default_adapter,max_loras_per_batch=3",
-    ]
-    assert all(row["seconds"] > 0 for row in rows.values())
-    assert rows["batches_32"]["estimated_from_records"] == 64
-    served = rows["default_adapter,max_loras_per_batch=3"]["engine_args"]
-    assert served["lora_paths"] == {str(adapter): str(adapter)}
-    assert served["max_loras_per_batch"] == 3
-    assert served["enable_deterministic_inference"]
+    out, names = tmp_path / "result.json", ["fast,page_sise=2", "batches_4", "adapter,max_loras_per_batch=3"]
+    model = ["--model_path", tiny_qwen2, "--lora_path", tmp_path / "adapter"]
+    bench("offline_throughput.py", *names, *model, "--output", out, expect=3)
+    result = json.loads(out.read_text())
+    found = {row["row"]: row for row in result["rows"]}
+    assert list(found) == ["fast", *names]
+    assert "did you mean page_size" in found["fast,page_sise=2"]["error"]
+    assert found[names[2]]["engine_args"]["max_loras_per_batch"] == 3
+    assert result["ratios"].keys() == {"fast", *names[1:]}
+    assert all(ratio > 0 for ratio in result["ratios"].values())
+    assert result["workload"]["records"] == 12
+
+
+# --- rows.py ------------------------------------------------------------------------------------------
+
+
+def test_a_row_that_dies_leaves_its_last_line(tmp_path, capfd):
+    def dies():
+        print("loading")
+        raise ValueError("no such kernel")
+
+    message = r"ValueError: no such kernel \(.* exit code 1; see .*row\.log"
+    with capfd.disabled(), pytest.raises(UserError, match=message):
+        rows.in_child(dies, tmp_path / "row.log")
+    assert rows.in_child(lambda: {"seconds": 1.5}, tmp_path / "row.log") == {"seconds": 1.5}
+
+
+def test_the_reason_of_a_failed_program_is_its_own_error(tmp_path):
+    log = tmp_path / "row.log"
+    assert rows.reason(log, "exit code -11") == f"exit code -11 (exit code -11; see {log})"
+    log.write_text("loading\n  0%|\rTraceback\n  File x\ntorch.AcceleratorError: CUDA error\n")
+    assert rows.reason(log, "exit code 1").startswith("torch.AcceleratorError: CUDA error (exit code 1")
+    log.write_text("preflight\nerror: out of GPU memory (x); use a smaller\nrank 1 ended\n")
+    assert rows.reason(log, "exit code 2").startswith("out of GPU memory (x); use a smaller (exit code 2")
+
+
+def test_the_result_is_there_after_every_row_and_a_failing_row_leaves_its_reason(tmp_path):
+    written, out = [], tmp_path / "result.json"
+
+    def measure_row(name: str, number: int) -> dict:
+        written.append(json.loads(out.read_text())["ratios"] if out.exists() else None)
+        if name == "bad":
+            raise UserError("no such flag")
+        return {"seconds": float(number)}
+
+    def ratios(result: dict) -> dict:
+        return {"ratios": len(result["rows"])}
+
+    result = rows.measure(["a", "bad", "b"], measure_row, ratios, {"commit": None}, out)
+    assert written == [None, 1, 2]
+    assert json.loads(out.read_text()) == result
+    assert result["rows"][1:] == [{"row": "bad", "error": "no such flag"}, {"row": "b", "seconds": 2.0}]
+
+
+# --- same_bytes.py ------------------------------------------------------------------------------------
+
+
+def test_flags_of_the_runs():
+    assert same_bytes.flags_of("fresh_7") == same_bytes.flags_of("killed_and_resumed") == ["--dp_size", "1"]
+    assert same_bytes.flags_of("in_flight_64") == ["--dp_size", "1", "--batch_size", "64"]
+    assert same_bytes.flags_of("running_100") == ["--dp_size", "1", "--max_running_requests", "100"]
+    assert same_bytes.flags_of("two_gpus") == ["--dp_size", "2"]
+    for run in ("fresh", "in_flight_", "running_all"):
+        with pytest.raises(UserError, match=f"no run {run}"):
+            same_bytes.flags_of(run)
 
 
 def test_same_bytes_compares_the_runs_that_ended():
     """In the order asked for, whichever ended first; a failed run is no identical one."""
-    settings = {"engine_args": {}, "weights_id": "w", "cpu_capability": "AVX2", "versions": {}}
-    same = {"command": [], "settings": settings, "sha256": "a", "outputs": ["x", "y"]}
+    names = ("gpu_name", "weights_id", "adapter_id", "cpu_capability", "versions")
+    settings = dict.fromkeys(names, "x") | {"engine_args": {"model_path": "/a", "dp_size": 1}}
+    same = {"settings": settings, "sha256": "a", "outputs": ["x", "y"]}
     results = [
         {"run": "other"} | same | {"sha256": "b", "outputs": ["x", "z"]},
         {"run": "failed", "error": "exit code 2"},
         {"run": "first"} | same,
     ]
     compared = same_bytes.compare(results, ["first", "failed", "other"])
-    assert compared["identical_runs"] == 1
-    assert compared["weights_id"] == "w"
+    assert (compared["identical_runs"], compared["records"]) == (1, 2)
+    assert compared["engine_args"] == {"dp_size": 1}
     assert [row["run"] for row in compared["runs"]] == ["first", "failed", "other"]
-    assert compared["runs"][2] == {
-        "run": "other",
-        "sha256": "b",
-        "different_records": 1,
-        "which": [1],
-    }
+    assert compared["runs"][2] == {"run": "other", "sha256": "b", "different_records": 1, "which": [1]}
     assert same_bytes.compare(results[1:2], ["failed"])["identical_runs"] == 0
+
+
+@pytest.mark.long
+def test_the_bytes_are_the_same_after_a_kill(tmp_path):
+    words = ["fresh_1", "killed_and_resumed", "--limit", 20, "--max_new_tokens", 16]
+    text = bench("same_bytes.py", *words, "--output", tmp_path / "result.json")
+    assert "2 of 2 runs identical" in text
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [row["different_records"] for row in result["runs"]] == [0, 0]
+    assert 4 <= result["runs"][1]["answers_before_the_kill"] < 20
+    assert result["repeated_prompts"] == 4
+
+
+# --- batch_invariance.py, shapes.py -------------------------------------------------------------------
+
+
+def test_batch_invariance_names_the_module_that_looks_at_its_neighbours(runtime, tmp_path):
+    """On the real ModelRunner: nothing differs, until one projection adds the number of its rows."""
+    import tiny_model
+
+    cases = batch_invariance.all_cases()
+    assert len(cases) == 30
+    few = [case for case in cases if case[0] in ("prefill, 1 at once", "4 decode steps, 3 at once")]
+    few += [case for case in cases if case[0] == "prefill, 33 cached, 5 at once"]
+
+    def run() -> int:
+        os.environ.update(environment(Arguments(device="cpu")))
+        runner = batch_invariance.Runner(tiny_model.build_qwen2(tmp_path / "model"), "cpu")
+        assert [row["different_prompts"] for row in batch_invariance.measure(runner, 6, few)] == [0, 0, 0]
+        layer = runner.runner.model.model.layers[1].mlp.down_proj
+        layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] * (1 + 1e-3 * len(inputs[0])),))
+        alone = batch_invariance.measure(runner, 6, few[:1])[0]
+        assert alone["different_prompts"] == 6
+        assert alone["first_difference"] == {"model.layers.1.mlp.down_proj": 6}
+        return 0
+
+    code, text = fork(run, tmp_path / "child.txt").wait()
+    assert code == 0, text
+
+
+SIZES = {"llama2-7b": 6_738_415_616, "tinyllama-1.1b": 1_100_048_384, "smollm2-135m": 134_515_008}
+SIZES |= {"qwen2.5-7b": 7_615_616_512}
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_shapes_have_their_published_sizes(name):
+    c = shapes.SHAPES[name]
+    hidden, kv = c["hidden_size"], c["hidden_size"] // c["num_attention_heads"] * c["num_key_value_heads"]
+    layer = 2 * hidden * (hidden + kv) + 3 * hidden * c["intermediate_size"] + 2 * hidden
+    layer += hidden + 2 * kv if c["model_type"] == "qwen2" else 0  # biases
+    tables = 1 if c["tie_word_embeddings"] else 2
+    assert c["num_hidden_layers"] * layer + tables * c["vocab_size"] * hidden + hidden == SIZES[name]
+
+
+@pytest.mark.parametrize("name", ["llama2-7b", "smollm2-135m", "qwen2.5-7b"])
+def test_a_shape_loads_as_a_model(transformers, tmp_path, name):
+    """With its precision, random weights and a tokenizer of as many tokens that knows the words of the rehearsal's."""
+    small = {"hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 2048}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+
+    def build() -> int:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = shapes.build(name, tmp_path / "model", **small | heads)
+        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        assert not found["missing_keys"]
+        assert not found["unexpected_keys"]
+        assert str(model.dtype) == f"torch.{shapes.SHAPES[name]['torch_dtype']}"
+        assert 0.01 < model.model.layers[1].mlp.down_proj.weight.float().std().item() < 0.06
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert len(tokenizer) == small["vocab_size"]
+        assert tokenizer.decode(tokenizer("the answer is here")["input_ids"]).endswith("the answer is here")
+        (folder / "config.json").unlink()
+        shapes.build(name, folder)  # a folder that is there is complete and stays as it is
+        assert not (folder / "config.json").exists()
+        return 0
+
+    code, text = fork(build, tmp_path / "terminal.txt").wait()
+    assert code == 0, text
+
+
+# --- the commit that a result names -------------------------------------------------------------------
 
 
 def test_results_of_benchmarks_do_not_make_a_commit_dirty(monkeypatch, tmp_path):
@@ -177,24 +335,3 @@ def test_results_of_benchmarks_do_not_make_a_commit_dirty(monkeypatch, tmp_path)
     assert files.commit() == head
     program.write_text("changed")
     assert files.commit() == head + "-dirty"
-
-
-def test_batch_invariance_names_the_module_that_looks_at_its_neighbours(tmp_path):
-    """On the real ModelRunner: nothing differs, until one projection adds the number of its rows."""
-    import tiny_model
-
-    def run() -> int:
-        os.environ.update(environment(Arguments(device="cpu")))
-        runner = batch_invariance.Runner(tiny_model.build_qwen2(tmp_path / "model"), "cpu")
-        rows = batch_invariance.measure(runner, 6)
-        assert len(rows) == 2 * len(batch_invariance.BATCHES) + 3 * len(batch_invariance.CACHED_TOKENS)
-        assert {row["different_prompts"] for row in rows} == {0}, rows
-        layer = runner.runner.model.model.layers[1].mlp.down_proj
-        layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] * (1 + 1e-3 * len(inputs[0])),))
-        alone = batch_invariance.measure(runner, 6)[0]
-        assert alone["different_prompts"] == 6
-        assert alone["first_difference"] == {"model.layers.1.mlp.down_proj": 6}
-        return 0
-
-    code, text = fork(run, tmp_path / "child.txt").wait()
-    assert code == 0, text

@@ -4,9 +4,10 @@ import itertools
 import json
 import re
 
+import constrained_lab
 import pytest
+from fsm_figure import Automaton, automaton, compress, draw, draw_both
 
-from batch_infer.fsm_figure import Automaton, automaton, compress, draw, draw_both
 from harness import fork
 
 REGEXES = (
@@ -94,48 +95,64 @@ def test_figures_and_counts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("regex", "message"), [("(", "cannot be parsed"), ("[ab]{70}", "at most 60 can be drawn")]
+    ("flags", "message"),
+    [
+        (["--regex", "("], "--regex '(': cannot be parsed"),
+        (["--regex", "[ab]{70}"], "at most 60 can be drawn"),
+        (["--device", "tpu"], "--device tpu: choose cuda or cpu"),
+        (["--engine_args", '{"grammar_backend": "outlines"}'], "--jump_forward works with grammar_backend"),
+        (["--draw"], "did you mean --draw_only?"),
+    ],
 )
-def test_bad_regexes_are_one_line(tmp_path, capsys, regex, message):
-    import constrained_lab
-
-    assert constrained_lab.main(["--draw_only", "--regex", regex, "--output_dir", str(tmp_path)]) == 2
+def test_bad_flags_are_one_line(tmp_path, capsys, flags, message):
+    assert constrained_lab.main(["--draw_only", *flags, "--output_dir", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
 
 
-@pytest.mark.long
-def test_the_lab_measures_and_plots(runtime, tiny_qwen2, tmp_path):
-    import constrained_lab as lab
+# --- the Runtime --------------------------------------------------------------------------------------
 
-    from batch_infer.engine import fork_engine_processes
+
+@pytest.fixture(scope="module")
+def lab(runtime, tiny_qwen2, tmp_path_factory) -> dict:
+    """The lab with two engines, one schema and two lengths of forced runs."""
+    folder = tmp_path_factory.mktemp("lab")
 
     def run() -> int:
-        fork_engine_processes()
-        lab.CONCURRENCY, lab.RUN_LENGTHS = (1, 4), (0, 8)
-        lab.SCHEMAS = {name: lab.SCHEMAS[name] for name in ("free_text", "three_long_keys")}
-        return lab.main(["--output_dir", str(tmp_path / "lab"), "--model_path", str(tiny_qwen2)])
+        constrained_lab.MODES = (("llguidance", False), ("llguidance", True))
+        constrained_lab.SCHEMAS = {"three_long_keys": constrained_lab.SCHEMAS["three_long_keys"]}
+        constrained_lab.CONCURRENCY, constrained_lab.RUN_LENGTHS = (1, 4), (0, 8)
+        return constrained_lab.main(["--output_dir", str(folder), "--model_path", str(tiny_qwen2)])
 
-    code, text = fork(run, tmp_path / "terminal.txt").wait()
+    code, text = fork(run, folder / "terminal.txt").wait()
     assert code == 0, text
-    result = json.loads((tmp_path / "lab" / "constrained_lab.json").read_text())
-    assert {
-        "fsm",
-        "rows",
-        "break_even",
-        "settings",
-        "versions",
-        "commit",
-        "hardware",
-        "wall_s",
-    } <= result.keys()
-    rows = {(r["schema"], r["backend"], r["jump_forward"], r["concurrency"]): r for r in result["rows"]}
-    assert len(rows) == 2 * 5 * 2
-    for backend, count in itertools.product(("xgrammar", "llguidance"), (1, 4)):
-        plain, jumping = (rows["three_long_keys", backend, jumps, count] for jumps in (False, True))
+    result = json.loads((folder / "constrained_lab.json").read_text())
+    return {"folder": folder, "text": text} | result
+
+
+def test_jump_forward_saves_passes_and_every_answer_stays_valid(lab):
+    rows = {(row["backend"], row["jump_forward"], row["concurrency"]): row for row in lab["rows"]}
+    assert len(rows) == 3 * 2
+    for count in (1, 4):
+        plain, jumping = (rows["llguidance", jumps, count] for jumps in (False, True))
         assert 3 * jumping["forward_passes"] <= plain["forward_passes"]
         assert plain["valid_share"] == jumping["valid_share"] == 1
         assert jumping["forced_share"] > 0.8
+        assert rows["none", False, count]["valid_share"] == 0
+
+
+def test_longer_forced_runs_save_more_passes(lab):
+    passes = {
+        (row["forced_characters"], row["jump_forward"]): row["forward_passes"] for row in lab["break_even"]
+    }
+    saved = {length: passes[length, False] / passes[length, True] for length in (0, 8)}
+    assert saved[8] > 1.5 * saved[0]
+
+
+def test_files_and_names_of_the_results(lab):
+    names = {"fsm", "rows", "break_even", "settings", "versions", "commit", "hardware", "wall_s"}
+    assert names <= lab.keys()
     for name in ("fsm.png", "fsm.svg", "constrained_lab.png", "break_even.png"):
-        assert (tmp_path / "lab" / name).stat().st_size > 5000, name
+        assert (lab["folder"] / name).stat().st_size > 5000, name
+    assert "llguidance + jump-forward" in lab["text"]

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness import ROOT
-from lora_sft import UserError, data
+from lora_sft import data
 from lora_sft.data import IGNORE, Document
+from workbench import UserError
 
 ROWS = data.read_file(ROOT / "rehearsal" / "preferences.jsonl")
 
@@ -130,9 +131,12 @@ def test_json_and_jsonl_give_the_same_rows(tmp_path):
         ('{"chosen": "b"}', r"rows.jsonl, row 1: no 'prompt'"),
         ('{"prompt": 3, "chosen": "b"}', r"rows.jsonl, row 1: 'prompt' must be text, found int"),
         ('{"prompt": " ", "chosen": "b"}', r"rows.jsonl, row 1: 'prompt' is empty"),
-        ('{"prompt": "a", "chosen": "b"}\n{oops', r"rows.jsonl, row 2: not valid JSON"),
+        (
+            '{"prompt": "a", "chosen": "b"}\n{oops',
+            r"--data_path .*rows.jsonl, line 2, column 2: not valid JSON",
+        ),
         ('[{"prompt": "a", "chosen": "b"},\n 3]', r"rows.jsonl, row 2: expected an object .* found int"),
-        ('[{"prompt": "a"},\n oops]', r"rows.jsonl, line 2: not valid JSON"),
+        ('[{"prompt": "a"},\n oops]', r"rows.jsonl, line 2, column 2: not valid JSON"),
         ("", "no rows in it"),
         ("[]", "no rows in it"),
     ],
@@ -146,9 +150,9 @@ def test_bad_rows_are_named(tmp_path, text, message):
 
 def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00{")
-    for path in (tmp_path, tmp_path / "missing", tmp_path / "binary"):
-        with pytest.raises(UserError, match="cannot be read"):
-            data.read_file(path)
+    for name, problem in ((".", "cannot be read"), ("missing", "cannot be read"), ("binary", "not UTF-8 text")):
+        with pytest.raises(UserError, match=problem):
+            data.read_file(tmp_path / name)
 
 
 def test_split_is_seeded_disjoint_and_bounded():

@@ -1,7 +1,6 @@
 """What stops a run before the engine starts: one line with what was found and the cure, exit code 2."""
 
-import argparse
-import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -10,130 +9,117 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from batch_infer import preflight
-from batch_infer.arguments import Arguments, parse
-from batch_infer.engine import Machine, environment
+from batch_infer import adapters, machine, model, preflight, store
+from batch_infer.arguments import Arguments
+from batch_infer.engine_args import environment
 from batch_infer.prompts import Record
-from workbench import UserError
+from harness import ROOT, answers, fork
+from workbench import UserError, files
+from workbench.machine import Gpu, explain_no_cuda, visible_gpus
 
-H200 = {
-    **{"name": "NVIDIA H200", "memory_gib": 140.4, "free_gib": 139.9, "capability": (9, 0)},
-    **{"bandwidth": 4.9e12, "flops": 1e15},
-}
-V100 = H200 | {"name": "Tesla V100-SXM2-16GB", "memory_gib": 15.8, "free_gib": 15.5, "capability": (7, 0)}
+H200 = Gpu("NVIDIA H200", memory_gib=140.4, free_gib=139.9, capability=(9, 0), bandwidth=4.9e12, flops=1e15)
+V100 = replace(H200, name="Tesla V100-SXM2-16GB", memory_gib=15.8, free_gib=15.5, capability=(7, 0))
 
-
-def look(monkeypatch, gpus: list, args: Arguments | None = None, cuda=(13, 0), driver="580.95.05") -> Machine:
-    monkeypatch.setattr(preflight, "nvml_gpus", lambda: gpus)
-    monkeypatch.setattr(preflight, "cuda_driver_version", lambda: cuda)
-    monkeypatch.setattr(preflight, "driver_version", lambda: driver)
-    monkeypatch.setattr(preflight, "torch_cuda", lambda: "13.0")
-    machine = Machine("cuda")
-    preflight.look_at_gpus(args or Arguments(), machine)
-    return machine
+# --- GPUs ---------------------------------------------------------------------------------------------
 
 
 def test_good_gpus(monkeypatch):
-    machine = look(monkeypatch, [H200, H200 | {"memory_gib": 140.0}])
-    assert (machine.gpus, machine.memory_gib) == (2, 140.0)
+    monkeypatch.setattr(machine, "ask_for_gpus", lambda: (H200, replace(H200, memory_gib=140.0)))
+    monkeypatch.setattr(machine, "driver_version", lambda: "580.95.05")
+    found, text = machine.look(Arguments())
+    assert (found.gpus, found.memory_gib, found.bandwidth) == (2, 140.0, 4.9e12)
+    assert text == "2 x NVIDIA H200, 140.0 GiB, driver 580.95.05"
 
 
 @pytest.mark.parametrize(
-    ("gpus", "options", "expected"),
+    ("gpus", "flags", "expected"),
     [
-        ([], {"driver": None}, "no NVIDIA GPU here; ask for one .* or try the CPU rehearsal: --rehearse"),
-        (
-            [H200],
-            {"cuda": (12, 8), "driver": "570.124.06"},
-            "NVIDIA H200: NVIDIA driver 570.124.06 is too old for torch .*580",
-        ),
         ([V100], {}, "V100-SXM2-16GB, has compute capability 7.0 and SGLang needs 8.0; ask Slurm for an A100"),
-        ([H200 | {"free_gib": 60.0}], {}, "GPU 0: 60.0 of 140.4 GiB free, another process holds it"),
-        ([H200, H200 | {"free_gib": 5.0}], {}, "GPU 1: 5.0 of 140.4 GiB free"),
-        ([H200], {"args": Arguments(tp_size=2)}, "--tp_size 2 --dp_size 1: 2 GPUs needed, 1 visible"),
+        ([replace(H200, free_gib=60.0)], {}, "GPU 0: 60.0 of 140.4 GiB free, another process holds it"),
+        ([H200, replace(H200, free_gib=5.0)], {}, "GPU 1: 5.0 of 140.4 GiB free"),
+        ([H200], {"tp_size": 2}, "--tp_size 2 --dp_size 1: 2 GPUs needed, 1 visible"),
     ],
 )
-def test_gpus_that_cannot_be_used(monkeypatch, gpus, options, expected):
+def test_gpus_that_cannot_be_used(monkeypatch, gpus, flags, expected):
     """The CPU is never a fallback: a GPU that torch cannot use stops the run."""
+    monkeypatch.setattr(machine, "ask_for_gpus", lambda: tuple(gpus))
     with pytest.raises(UserError, match=expected):
-        look(monkeypatch, gpus, **options)
+        machine.look(Arguments(**flags))
 
 
 def test_a_shared_gpu_is_a_warning_where_the_pool_is_bounded(monkeypatch):
-    args = Arguments(engine_args='{"max_total_tokens": 1000}')
-    assert look(monkeypatch, [H200 | {"free_gib": 60.0}], args=args).gpus == 1
+    monkeypatch.setattr(machine, "ask_for_gpus", lambda: (replace(H200, free_gib=60.0),))
+    found, text = machine.look(Arguments(engine_args='{"max_total_tokens": 1000}'))
+    assert found.gpus == 1
+    assert text.startswith("WARN: ")
 
 
-def test_nvml_answers_are_read_without_cuda(monkeypatch):
-    """A fake pynvml with two whole GPUs and a MIG slice of the second."""
+def test_gpus_are_asked_for_in_a_process_of_their_own(monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine, "driver_version", lambda: "580.95.05")
+    monkeypatch.setattr(machine, "visible_gpus", lambda *given: asked.append(given) or (H200, V100))
+    assert machine.ask_for_gpus() == (H200, V100)
+    assert not asked
 
-    class Nvml:
-        NVMLError = type("NVMLError", (Exception,), {})
-        NVML_CLOCK_MEM, NVML_CLOCK_SM = "mem", "sm"
-        gpus = ("GPU-aaaa1111", "GPU-bbbb2222")
+    def explain(older_driver: str, gpus: int):
+        raise UserError(f"{gpus} asked for; {older_driver}")
 
-        def __getattr__(self, name):
-            if not name.startswith("nvml"):
-                raise AttributeError(name)
-            return lambda *given: self.answer(name.removeprefix("nvml").removeprefix("Device"), *given)
-
-        def answer(self, question, handle=None, clock=None):
-            mig = str(handle).startswith("MIG-")
-            if mig and question in (
-                "GetCudaComputeCapability",
-                "GetMemoryBusWidth",
-                "GetNumGpuCores",
-                "GetMaxClockInfo",
-            ):
-                raise self.NVMLError("not supported")
-            if not mig and question == "GetDeviceHandleFromMigDeviceHandle":
-                raise self.NVMLError("not a MIG device")
-            memory = type("Memory", (), {"total": 64 * 2**30, "free": 63 * 2**30})
-            return {
-                "Init": None,
-                "GetCount": 2,
-                "GetHandleByIndex": self.gpus[handle] if isinstance(handle, int) else None,
-                "GetHandleByUUID": handle,
-                "GetUUID": handle,
-                "GetDeviceHandleFromMigDeviceHandle": self.gpus[1],
-                "GetName": f"card {handle}",
-                "GetMemoryInfo": memory,
-                "GetCudaComputeCapability": [9, 0],
-                "GetMemoryBusWidth": 6144,
-                "GetMaxClockInfo": {"mem": 3201, "sm": 1980}.get(clock),
-                "GetNumGpuCores": 16896,
-            }[question]
-
-    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
-
-    def names(visible: str | None) -> list[str]:
-        if visible is None:
-            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-        else:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        return [gpu["name"] for gpu in preflight.nvml_gpus()]
-
-    both = ["card GPU-aaaa1111", "card GPU-bbbb2222"]
-    assert names("0,1") == both
-    assert names("1,0") == both[::-1]
-    assert names("GPU-bbbb2222") == names("GPU-bbbb") == both[1:]
-    assert names("0,7,1") == both[:1]
-    assert names("") == []
-    assert names("MIG-cccc3333") == ["card MIG-cccc3333"]
-    assert names(None) == both
-    h200 = preflight.nvml_gpus()[0]
-    assert h200["capability"] == (9, 0)
-    assert h200["bandwidth"] == pytest.approx(4.9e12, rel=0.01)
-    assert h200["flops"] == pytest.approx(1.07e15, rel=0.01)
+    monkeypatch.setattr(machine, "visible_gpus", explain)
+    with pytest.raises(UserError, match=r"^1 asked for; ask for a node with a newer driver"):
+        machine.ask_for_gpus()
 
 
-def test_the_installed_torch_is_read_without_importing_it():
-    assert preflight.torch_cuda() == "13.0"
+def test_torch_says_what_the_gpus_are(monkeypatch):
+    import torch
+
+    names = ("memory_clock_rate", "memory_bus_width", "clock_rate", "multi_processor_count", "total_memory")
+    assert {"name", "major", "minor", *names} <= set(dir(torch._C._CudaDeviceProperties))
+    h200 = dict(zip(names, (3_201_000, 6144, 1_980_000, 132, 64 * 2**30), strict=True))  # kHz, bits, kHz
+    cards = [SimpleNamespace(name=f"card {i}", major=9, minor=0, **h200) for i in range(2)]
+    for name, answer in {
+        **{"is_available": lambda: True, "init": lambda: None, "device_count": lambda: 2},
+        **{"get_device_properties": cards.__getitem__, "mem_get_info": lambda _: (63 * 2**30, 64 * 2**30)},
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    found = visible_gpus("", 1)
+    assert [gpu.name for gpu in found] == ["card 0", "card 1"]
+    assert (found[1].memory_gib, found[1].free_gib, found[1].capability) == (64, 63, (9, 0))
+    assert found[1].bandwidth == pytest.approx(4.9e12, rel=0.01)
+    assert found[1].flops == pytest.approx(1.07e15, rel=0.01)
+
+
+def test_a_driver_too_old_for_torch(monkeypatch):
+    """torch counts the GPUs that such a driver lists, and cannot use them."""
+    import torch
+
+    def refuse() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    monkeypatch.setattr("workbench.machine.driver_version", lambda: "570.124.06")
+    with pytest.raises(UserError, match=r"driver 570.124.06 is too old for torch .* 580 or newer\); the cure"):
+        visible_gpus("the cure", 1)
+
+
+def test_each_program_asks_slurm_for_as_many_gpus_as_it_wants(monkeypatch):
+    monkeypatch.setattr(machine, "driver_version", lambda: None)
+    with pytest.raises(
+        UserError, match=r"no NVIDIA GPU here; ask for one \(srun --gres=gpu:1 \.\.\.\), or try"
+    ):
+        machine.look(Arguments())
+    assert "srun --gres=gpu:2 ..." in explain_no_cuda(None, None, "", "", gpus=2)
+
+
+# --- the compiler -------------------------------------------------------------------------------------
 
 
 def nvcc(folder: Path, release: str) -> str:
@@ -144,230 +130,283 @@ def nvcc(folder: Path, release: str) -> str:
     return str(folder)
 
 
-def test_kernel_tools(monkeypatch, tmp_path):
+@pytest.fixture
+def tools(monkeypatch, tmp_path) -> Path:
+    """A folder for kernels, every tool on the PATH, and nvcc of CUDA 13."""
     monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path))
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setenv("CUDA_HOME", nvcc(tmp_path / "13", "13.2"))
-    assert "nvcc of CUDA 13 in" in preflight.look_at_kernel_tools(Arguments(), Machine("cuda"))
-    # One of another major version is replaced by the wheel's, and that is said.
-    monkeypatch.setenv("CUDA_HOME", nvcc(tmp_path / "12", "12.4"))
-    machine = Machine("cuda")
-    monkeypatch.setattr(preflight, "driver_library", lambda: tmp_path / "libcuda.so.580")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    return tmp_path
+
+
+def test_an_nvcc_of_torchs_version_is_used(tools):
+    compiler, text = machine.look_at_kernel_tools(Arguments())
+    assert compiler == {}
+    assert f"nvcc of CUDA 13 in {tools}/13" in text
+
+
+def test_another_nvcc_is_replaced_by_the_wheels(monkeypatch, tools):
+    """And that is said."""
+    monkeypatch.setenv("CUDA_HOME", nvcc(tools / "12", "12.4"))
     monkeypatch.setenv("LIBRARY_PATH", "/elsewhere")
-    assert "the wheel's own (CUDA_HOME was " in preflight.look_at_kernel_tools(Arguments(), machine)
-    assert os.environ["CUDA_HOME"] == machine.compiler["CUDA_HOME"] != str(tmp_path / "12")
-    assert os.environ["LIBRARY_PATH"] == machine.compiler["LIBRARY_PATH"]
-    assert machine.compiler["LIBRARY_PATH"].startswith(f"{tmp_path}/.cache/cuda-libraries/")
-    assert machine.compiler["LIBRARY_PATH"].endswith(":/elsewhere")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "12"))
+    monkeypatch.setattr(machine, "driver_library", lambda: tools / "libcuda.so.580")
+    compiler, text = machine.look_at_kernel_tools(Arguments())
+    assert "the wheel's own (CUDA_HOME was " in text
+    assert machine.nvcc_major(compiler["CUDA_HOME"]) == 13
+    assert compiler["LIBRARY_PATH"].startswith(f"{tools}/.cache/cuda-libraries/")
+    assert compiler["LIBRARY_PATH"].endswith(":/elsewhere")
+
+
+def test_missing_kernel_tools_are_told(monkeypatch, tools):
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "g++" else name)
     with pytest.raises(UserError, match=r"g\+\+ is not on the PATH .*module load gcc"):
-        preflight.look_at_kernel_tools(Arguments(), Machine("cuda"))
+        machine.look_at_kernel_tools(Arguments())
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path / "file"))
+    (tools / "file").touch()
+    monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tools / "file"))
     with pytest.raises(UserError, match=r"kernels cannot be stored there .* set LLM_STORAGE"):
-        preflight.look_at_kernel_tools(Arguments(), Machine("cuda"))
+        machine.look_at_kernel_tools(Arguments())
 
 
-def test_runs_that_begin_together_share_the_kernel_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path))
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(preflight, "nvcc_major", lambda home: 13)
+def test_runs_that_begin_together_share_the_kernel_cache(monkeypatch, tools):
+    monkeypatch.setattr(machine, "nvcc_major", lambda home: 13)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: preflight.look_at_kernel_tools(Arguments(), Machine("cuda")), range(200)))
-    assert not list((tmp_path / ".cache" / "flashinfer").iterdir())
+        list(pool.map(lambda _: machine.look_at_kernel_tools(Arguments()), range(200)))
+    assert not list((tools / ".cache" / "flashinfer").iterdir())
 
 
-def test_kernels_compiled_by_others_are_refused(monkeypatch, tmp_path):
+def test_kernels_compiled_by_others_are_refused(monkeypatch, tools):
     """FlashInfer would load them whatever flags we set."""
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "flashinfer_jit_cache.py").touch()
+    monkeypatch.syspath_prepend(tools)
+    (tools / "flashinfer_jit_cache.py").touch()
     with pytest.raises(UserError, match=r"pip uninstall flashinfer-jit-cache\), or take --fast"):
-        preflight.look_at_kernel_tools(Arguments(), Machine("cuda"))
-    monkeypatch.setenv("CUDA_HOME", nvcc(tmp_path / "13", "13.2"))
+        machine.look_at_kernel_tools(Arguments())
     for flags in ({"fast": True}, {"engine_args": '{"attention_backend": "triton"}'}):
-        assert preflight.look_at_kernel_tools(Arguments(**flags), Machine("cuda"))
+        assert machine.look_at_kernel_tools(Arguments(**flags))
 
 
+# --- the wheels' compiler -----------------------------------------------------------------------------
+
+WHEELS_CUDA = Path(importlib.util.find_spec("nvidia").submodule_search_locations[0]) / "cu13"
+PROBE = """
+#include <cooperative_groups/reduce.h>
+#include <cuda.h>
+#include <cuda/std/type_traits>
+__global__ void kernel() {}
+int probe() { kernel<<<1, 1>>>(); return cuInit(0) + cudaDeviceSynchronize(); }
+"""
+BUILD = """
+import sys
+from flashinfer.jit.core import gen_jit_spec
+spec = gen_jit_spec("probe", [sys.argv[1]])
+spec.build(verbose=False)
+print(spec.jit_library_path)
+"""
+RESCALE = "__global__ void kernel(float* x, float m, float s) { x[0] = exp2f(x[1] * s - m * s); }\n"
+
+
+def output_of(*words: object, env: dict[str, str] | None = None) -> str:
+    command = [str(word) for word in words]
+    done = subprocess.run(command, env=os.environ | (env or {}), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_each_machines_driver_has_links_of_its_own(tmp_path):
+    for _ in range(2):  # the second time its links are there
+        here = machine.compiler_of_wheels(WHEELS_CUDA, Path("/here/libcuda.so.1"), tmp_path / "links")
+    other = machine.compiler_of_wheels(WHEELS_CUDA, Path("/elsewhere/libcuda.so.2"), tmp_path / "links")
+    assert other["LIBRARY_PATH"] != here["LIBRARY_PATH"]
+    with pytest.raises(UserError, match=r"no libcudart\.so in"):
+        machine.compiler_of_wheels(tmp_path, Path("/here/libcuda.so.1"), tmp_path / "links")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 def test_the_wheels_compile_flashinfers_kernels(tmp_path):
     """On a machine without a CUDA toolkit: nvcc, its headers and those FlashInfer ships must be of one version, and
     the linker must find the runtime and the driver."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ here")
     driver = tmp_path / "libcuda.so.1"
     (tmp_path / "driver.cpp").write_text('extern "C" int cuInit(unsigned) { return 0; }')
-    words = ["g++", "-shared", str(tmp_path / "driver.cpp"), "-o", str(driver), f"-Wl,-soname,{driver.name}"]
-    subprocess.run(words, check=True)
-    (cuda,) = (Path(path) / "cu13" for path in importlib.util.find_spec("nvidia").submodule_search_locations)
-    for _ in range(2):  # the second time its links are there
-        variables = preflight.compiler_of_wheels(cuda, driver, tmp_path / "links")
-    other = preflight.compiler_of_wheels(cuda, Path("/elsewhere/libcuda.so.2"), tmp_path / "links")
-    assert other["LIBRARY_PATH"] != variables["LIBRARY_PATH"], "another machine's driver has links of its own"
-    with pytest.raises(UserError, match=r"no libcudart\.so in"):
-        preflight.compiler_of_wheels(tmp_path, driver, tmp_path / "links")
-    (tmp_path / "probe.cu").write_text(
-        "#include <cooperative_groups/reduce.h>\n#include <cuda.h>\n#include <cuda/std/type_traits>\n"
-        "__global__ void kernel() {}\nint probe() { kernel<<<1, 1>>>(); return cuInit(0) + cudaDeviceSynchronize(); }\n"
-    )
-    program = (
-        "import sys\nfrom flashinfer.jit.core import gen_jit_spec\n"
-        "spec = gen_jit_spec('probe', [sys.argv[1]])\nspec.build(verbose=False)\nprint(spec.jit_library_path)"
-    )
+    output_of("g++", "-shared", tmp_path / "driver.cpp", "-o", driver, f"-Wl,-soname,{driver.name}")
+    (tmp_path / "probe.cu").write_text(PROBE)
+    variables = machine.compiler_of_wheels(WHEELS_CUDA, driver, tmp_path / "links") | environment(Arguments())
     variables |= {"FLASHINFER_WORKSPACE_BASE": str(tmp_path), "FLASHINFER_CUDA_ARCH_LIST": "9.0a"}
-    variables |= environment(Arguments())
-    command = [sys.executable, "-P", "-c", program, str(tmp_path / "probe.cu")]
-    built = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
-    needed = subprocess.run(
-        ["ldd", built.stdout.split()[-1]], capture_output=True, text=True, check=True
-    ).stdout
+    built = output_of(sys.executable, "-P", "-c", BUILD, tmp_path / "probe.cu", env=variables)
+    needed = output_of("ldd", built.split()[-1])
     assert "libcuda.so.1" in needed
     assert "libcudart.so.13" in needed
-    # An unchanged maximum must scale by exactly 1: no product unrounded (engine.environment).
     (ninja,) = tmp_path.rglob("probe/build.ninja")
     flags = re.findall(r"-use_fast_math|-fmad=false", ninja.read_text())
     assert flags[-1] == "-fmad=false"
-    (tmp_path / "rescale.cu").write_text(
-        "__global__ void kernel(float* x, float m, float s) { x[0] = exp2f(x[1] * s - m * s); }\n"
-    )
-    for given, fused in ((["-use_fast_math"], True), (["-use_fast_math", "-fmad=false"], False)):
-        cubin = tmp_path / "rescale.cubin"
-        words = [*given, "-arch=sm_90a", "-cubin", str(tmp_path / "rescale.cu"), "-o", str(cubin)]
-        subprocess.run([cuda / "bin" / "nvcc", *words], check=True)
-        listing = subprocess.run([cuda / "bin" / "nvdisasm", cubin], capture_output=True, text=True, check=True)
-        assert ("FFMA" in listing.stdout) == fused, listing.stdout
 
 
-def test_missing_and_stale_plugins(monkeypatch, tmp_path):
+def test_an_unchanged_maximum_scales_by_exactly_1(tmp_path):
+    """No product of FlashInfer's prefill goes unrounded into an addition (engine_args.environment)."""
+    (tmp_path / "rescale.cu").write_text(RESCALE)
+    for flags, fused in ((["-use_fast_math"], True), (["-use_fast_math", "-fmad=false"], False)):
+        words = [*flags, "-arch=sm_90a", "-cubin", tmp_path / "rescale.cu", "-o", tmp_path / "rescale.cubin"]
+        output_of(WHEELS_CUDA / "bin" / "nvcc", *words)
+        listing = output_of(WHEELS_CUDA / "bin" / "nvdisasm", tmp_path / "rescale.cubin")
+        assert ("FFMA" in listing) == fused, listing
+
+
+# --- packages -----------------------------------------------------------------------------------------
+
+PLUGIN_FILES = [*sorted(path.name for path in preflight.PLUGINS.glob("*.py")), "pyproject.toml"]
+
+
+@pytest.fixture
+def make_is_needed(monkeypatch, tmp_path) -> Callable[[], bool]:
+    """In a checkout that was just installed (the folder of its plugins is preflight.PLUGINS): whether `make install`
+    would do anything."""
+    plugins = tmp_path / "sglang" / "runtime_plugins"
+    plugins.mkdir(parents=True)
+    for name in PLUGIN_FILES:
+        shutil.copy(preflight.PLUGINS / name, plugins)
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "env.sh").write_text('install_environment() { mkdir -p "$1"; touch "$1/.installed"; }\n')
+    subprocess.run(["make", "--silent", "install"], cwd=tmp_path, check=True)
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (1, 1))  # whatever comes now is newer
+    monkeypatch.setattr(preflight, "PLUGINS", plugins)
+    return lambda: subprocess.run(["make", "--question", "install"], cwd=tmp_path).returncode == 1
+
+
+def test_what_is_installed_stays(make_is_needed):
+    (preflight.PLUGINS / "__pycache__").mkdir()
     assert "sglang 0.5.17" in preflight.look_at_packages()
-    other = tmp_path / "plugins"
-    shutil.copytree(preflight.PLUGINS, other)
-    (other / "cpu.py").write_text("changed")
-    monkeypatch.setattr(preflight, "PLUGINS", other)
+    assert not make_is_needed()
+
+
+@pytest.mark.parametrize("name", [*PLUGIN_FILES, "added.py", "removed"])
+def test_a_plugin_of_another_version_is_noticed_and_make_install_mends_it(make_is_needed, name):
+    path = preflight.PLUGINS / name
+    if name == "removed":
+        (preflight.PLUGINS / "fused_norm.py").unlink()
+    elif name == "added.py":
+        path.touch()
+    else:
+        path.write_text(path.read_text().replace(":register", ":another") + "\n")
     with pytest.raises(UserError, match=r"another version; run `make install` \(or pip install --no-deps"):
         preflight.look_at_packages()
+    assert make_is_needed()
 
-    def missing(name):
+
+def test_missing_plugins(monkeypatch):
+    found = importlib.metadata.distribution
+
+    def missing(name: str):
         if name == "assignment-runtime-plugins":
-            raise preflight.importlib.metadata.PackageNotFoundError(name)
+            raise importlib.metadata.PackageNotFoundError(name)
         return found(name)
 
-    found = preflight.importlib.metadata.distribution
-    monkeypatch.setattr(preflight.importlib.metadata, "distribution", missing)
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
     with pytest.raises(UserError, match="runtime_plugins is not installed; run `make install`"):
         preflight.look_at_packages()
 
 
-# --- adapters -----------------------------------------------------------------------------------------
+# --- models and adapters ------------------------------------------------------------------------------
 
 CONFIG = {
     **{"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1},
-    "num_hidden_layers": 2,
+    **{"num_hidden_layers": 2, "vocab_size": 32, "max_position_embeddings": 64},
 }
 
 
-def adapter(folder: Path, config: dict | None = None, tensors: dict | None = None) -> Path:
+def test_a_model_of_another_kind(tmp_path):
+    (tmp_path / "config.json").write_text('{"n_head": 12}')
+    with pytest.raises(UserError, match="not that of a Llama- or Qwen2-like language model"):
+        model.read(tmp_path, None, "")
+
+
+def test_sizes_are_those_of_the_published_model(tmp_path):
+    qwen_7b = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
+    heads = {"num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768}
+    (tmp_path / "config.json").write_text(json.dumps(qwen_7b | heads))
+    found = model.read(tmp_path, None, "")
+    assert found.weight_bytes == pytest.approx(2 * 7_615_616_512, rel=1e-4)  # without biases and norms
+    assert found.weight_bytes - found.streamed_bytes == 2 * 152064 * 3584
+    assert found.kv_bytes_per_token == 57_344
+
+
+def adapter_of(folder: Path, settings: dict | None = None, tensors: dict | None = None) -> Path:
     folder.mkdir()
-    settings = {"peft_type": "LORA", "r": 2, "base_model_name_or_path": "base"} | (config or {})
+    settings = {"peft_type": "LORA", "r": 2, "base_model_name_or_path": "base"} | (settings or {})
     (folder / "adapter_config.json").write_text(json.dumps(settings))
-    prefix = "base_model.model.model.layers."
     shapes = {
-        f"{prefix}0.self_attn.q_proj.lora_A.weight": [2, 8],
-        f"{prefix}0.self_attn.v_proj.lora_B.weight": [4, 2],
-        f"{prefix}1.mlp.down_proj.lora_A.weight": [2, 16],
+        "0.self_attn.q_proj.lora_A": [2, 8],
+        "0.self_attn.v_proj.lora_B": [4, 2],
+        "1.mlp.down_proj.lora_A": [2, 16],
     } | (tensors or {})
+    shapes = {f"base_model.model.model.layers.{name}.weight": shape for name, shape in shapes.items()}
     header = json.dumps({name: {"dtype": "F32", "shape": shape} for name, shape in shapes.items()}).encode()
     (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     return folder
 
 
 def test_good_adapter(tmp_path):
-    preflight.check_adapter(adapter(tmp_path / "a"), CONFIG)
+    adapters.check(adapter_of(tmp_path / "a"), CONFIG)
 
 
 @pytest.mark.parametrize(
-    ("config", "tensors", "expected"),
+    ("settings", "expected"),
     [
-        ({"use_dora": True}, {}, "DoRA is not served by SGLang"),
-        ({"use_rslora": True}, {}, "rsLoRA would be served with the wrong scale"),
-        ({"peft_type": "IA3"}, {}, "IA3 adapters are not served"),
-        ({"rank_pattern": {"q_proj": 4}}, {}, "rank_pattern is not served"),
-        ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save is not served"),
-        ({"lora_bias": True}, {}, "lora_bias is not served"),
-        ({}, {"base_model.model.lm_head.lora_A.weight": [2, 8]}, "lm_head.lora_A.weight is not a projection"),
-        ({}, {"base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": [32, 2]}, "trained on another base"),
-        (
-            {},
-            {"base_model.model.model.layers.7.mlp.up_proj.lora_B.weight": [16, 2]},
-            "this model 16 in 2 layers",
-        ),
-        (
-            {},
-            {"base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight": [2, 8]},
-            "layer 1 adapts q_proj but not v_proj",
-        ),
-        (
-            {},
-            {"base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight": [4, 2]},
-            "layer 1 adapts k_proj but not q_proj",
-        ),
-        (
-            {},
-            {"base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight": [4, 2]},
-            "layer 1 adapts v_proj but not q_proj",
-        ),
-        (
-            {},
-            {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": [2, 8]},
-            "layer 0 adapts up_proj but not gate_proj",
-        ),
+        ({"use_dora": True}, "DoRA is not served by SGLang"),
+        ({"use_rslora": True}, "rsLoRA would be served with the wrong scale"),
+        ({"peft_type": "IA3"}, "IA3 adapters are not served"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is not served"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is not served"),
+        ({"lora_bias": True}, "lora_bias is not served"),
     ],
 )
-def test_adapters_that_cannot_be_served(tmp_path, config, tensors, expected):
+def test_adapters_whose_settings_are_not_served(tmp_path, settings, expected):
     with pytest.raises(UserError, match=expected):
-        preflight.check_adapter(adapter(tmp_path / "a", config, tensors), CONFIG)
+        adapters.check(adapter_of(tmp_path / "a", settings), CONFIG)
 
 
-def test_an_adapter_that_cannot_be_read(tmp_path):
-    folder = adapter(tmp_path / "a")
-    (folder / "adapter_model.safetensors").write_bytes(b"")
+@pytest.mark.parametrize(
+    ("tensor", "shape", "expected"),
+    [
+        ("0.lm_head.lora_A", [2, 8], "lm_head.lora_A.weight is not a projection"),
+        ("0.mlp.up_proj.lora_B", [32, 2], "trained on another base"),
+        ("7.mlp.up_proj.lora_B", [16, 2], "this model 16 in 2 layers"),
+        ("1.self_attn.q_proj.lora_A", [2, 8], "layer 1 adapts q_proj but not v_proj"),
+        ("1.self_attn.k_proj.lora_B", [4, 2], "layer 1 adapts k_proj but not q_proj"),
+        ("1.self_attn.v_proj.lora_B", [4, 2], "layer 1 adapts v_proj but not q_proj"),
+        ("0.mlp.up_proj.lora_A", [2, 8], "layer 0 adapts up_proj but not gate_proj"),
+    ],
+)
+def test_adapters_whose_tensors_do_not_fit(tmp_path, tensor, shape, expected):
+    with pytest.raises(UserError, match=expected):
+        adapters.check(adapter_of(tmp_path / "a", tensors={tensor: shape}), CONFIG)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_an_adapter_that_cannot_be_read(tmp_path, name):
+    folder = adapter_of(tmp_path / "a")
+    (folder / name).write_bytes(b"{")
     with pytest.raises(UserError, match="cannot be read"):
-        preflight.check_adapter(folder, CONFIG)
-    (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        preflight.check_adapter(folder, CONFIG)
+        adapters.check(folder, CONFIG)
 
 
 def test_dummy_weights_with_an_adapter(tmp_path):
-    folder = str(adapter(tmp_path / "a"))
-    model = argparse.Namespace(config=CONFIG)
-    for load_format, refused in (("auto", False), ("dummy", True)):
-        args = Arguments(engine_args=json.dumps({"load_format": load_format}))
-        found = {"records": [Record(0, "x", lora=folder)], "model": model}
-        with pytest.raises(UserError, match="dummy reads none") if refused else contextlib.nullcontext():
-            preflight.look_at_adapters(args, found)
+    folder = str(adapter_of(tmp_path / "a"))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    base, records = model.read(tmp_path, None, ""), [Record(0, "x", lora=folder)]
+    (checked, hashes), text = preflight.look_at_adapters(Arguments(), base, records)
+    assert (checked, hashes.keys(), text) == (records, {folder}, "1 in the records")
+    with pytest.raises(UserError, match="dummy reads none"):
+        preflight.look_at_adapters(Arguments(engine_args='{"load_format": "dummy"}'), base, records)
 
 
 def test_a_retrained_adapter_has_another_fingerprint(tmp_path):
-    folder = adapter(tmp_path / "a")
+    folder = adapter_of(tmp_path / "a")
     args = Arguments(lora_path=str(folder))
     before = preflight.local_inputs(args)
-    (folder / "adapter_config.json").write_text(
-        (folder / "adapter_config.json").read_text().replace('"r": 2', '"r": 2, "lora_alpha": 64')
-    )
+    settings = (folder / "adapter_config.json").read_text()
+    (folder / "adapter_config.json").write_text(settings.replace('"r": 2', '"r": 2, "lora_alpha": 64'))
     assert preflight.local_inputs(args) != before
-
-
-def test_a_model_of_another_kind(run_inference, tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text('{"n_head": 12}')
-    (model / "tokenizer.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"")
-    code, text = run_inference("--model_path", model, "--output_file", tmp_path / "o" / "outputs.jsonl").wait()
-    assert code == 2
-    assert "not that of a Llama- or Qwen2-like language model" in text.splitlines()[-1]
 
 
 # --- whole commands -----------------------------------------------------------------------------------
@@ -385,14 +424,6 @@ def test_a_model_of_another_kind(run_inference, tmp_path):
             "no-such/prompts is not complete in the cache and the hub cannot be",
         ),
         (["--output_file", "/proc/nowhere/outputs.jsonl"], "--output_file /proc/nowhere: cannot be written"),
-        (
-            ["--engine_args", '{"mem_fraction": 0.5}'],
-            "no argument mem_fraction; did you mean mem_fraction_static",
-        ),
-        (
-            ["--engine_args", '{"schedule_policy": "best"}'],
-            "--engine_args: schedule_policy 'best'; choose lpm, ",
-        ),
         (["--engine_args", '{"page_size": "x"}'], "--engine_args: SGLang refuses them: "),
         (["--lora_path", "."], "no adapter_config.json that names the base model"),
     ],
@@ -406,18 +437,24 @@ def test_bad_input_is_one_line_and_exit_code_2(run_inference, tmp_path, flags, e
     assert "Traceback" not in text
 
 
-def test_a_refused_command_harms_nothing(run_inference, tmp_path):
+def test_a_refused_command_harms_nothing(run_inference, flags, uninterrupted_inference, tmp_path):
     """A typo in --engine_args neither claims the folder nor, with --overwrite, removes a finished run."""
-    prompts = tmp_path / "p.txt"
-    prompts.write_text("Say something.\n")
-    flags = ["--prompts", prompts, "--max_new_tokens", 2, "--output_file", tmp_path / "o" / "outputs.jsonl"]
-    assert run_inference(*flags, "--engine_args", '{"quantisation": "fp8"}').wait()[0] == 2
-    code, text = run_inference(*flags).wait()
-    assert code == 0, text
-    before = sorted(path.name for path in (tmp_path / "o").iterdir())
-    code, text = run_inference(*flags, "--overwrite", "--engine_args", '{"typo_x": 1}').wait()
-    assert code == 2, text
-    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == before
+    for folder in (tmp_path / "new", tmp_path / "finished"):
+        if folder.name == "finished":
+            shutil.copytree(uninterrupted_inference, folder)
+        before = store.stored_identity(folder), sorted(path.name for path in folder.glob("o*"))
+        more = [
+            "--overwrite",
+            "--engine_args",
+            '{"quantisation": "fp8"}',
+            "--output_file",
+            folder / "outputs.jsonl",
+        ]
+        code, text = run_inference(*flags, *more).wait()
+        assert code == 2, text
+        assert "no argument quantisation; did you mean quantization?" in text
+        assert (store.stored_identity(folder), sorted(path.name for path in folder.glob("o*"))) == before
+    assert answers(tmp_path / "finished") == answers(uninterrupted_inference)
 
 
 def test_files_of_another_program_are_left_alone(run_inference, tmp_path):
@@ -429,32 +466,19 @@ def test_files_of_another_program_are_left_alone(run_inference, tmp_path):
     assert (tmp_path / "summary.json").exists()
 
 
-def test_bad_prompt_file_names_its_line(run_inference, tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"instruction": "fine"}\n{"instruction": broken}\n')
-    code, text = run_inference("--prompts", path, "--output_file", tmp_path / "outputs.jsonl").wait()
-    assert code == 2
-    assert "prompts.jsonl, line 2, column 17: not valid JSON" in text.splitlines()[-1]
-
-
 def test_no_gpu_is_no_reason_for_the_cpu(runtime, tiny_qwen2, tmp_path):
-    from harness import fork
-
     flags = ["--model_path", str(tiny_qwen2), "--output_file", str(tmp_path / "outputs.jsonl")]
     code, text = fork(lambda: runtime.main(flags), tmp_path / "terminal.txt").wait()
     assert code == 2
-    assert "error: no NVIDIA GPU here" in text
+    assert re.search(
+        "error: (no NVIDIA GPU here|an NVIDIA driver)", text
+    )  # there may be one that tests do not see
 
 
-def test_two_runs_in_one_folder(runtime, tmp_path):
-    from workbench.files import claim
-
-    args = parse(["--rehearse", "--output_file", str(tmp_path / "outputs.jsonl")])
-    with claim(args.folder, "--output_file"):
-        from harness import fork
-
-        flags = ["--rehearse", "--output_file", str(tmp_path / "outputs.jsonl")]
-        code, text = fork(lambda: runtime.main(flags), tmp_path / "terminal.txt").wait()
+def test_two_runs_in_one_folder(run_inference, monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "CLAIM_TIMEOUT_S", 0.2)
+    with files.claim(tmp_path, "--output_file"):
+        code, text = run_inference("--output_file", tmp_path / "outputs.jsonl").wait()
     assert code == 2
     assert "another run is writing there" in text
 
@@ -474,29 +498,22 @@ def test_full_hub_cache_works_offline(run_inference, tiny_qwen2, tmp_path, monke
     """Laid out as a download of the hub: model and the data set's plain JSON."""
     from huggingface_hub import constants
 
-    cache = tmp_path / "hub"
-    for kind, name, files in (
-        ("models", "some/model", tiny_qwen2.iterdir()),
-        ("datasets", "tatsu-lab/alpaca_eval", [tmp_path / "alpaca_eval.json"]),
+    rows = tmp_path / "alpaca_eval.json"
+    rows.write_text('[{"instruction": "Say something.", "output": "x"}]')
+    for name, contents in (
+        ("models--some--model", tiny_qwen2.iterdir()),
+        ("datasets--tatsu-lab--alpaca_eval", [rows]),
     ):
-        repo = cache / f"{kind}--{name.replace('/', '--')}"
-        (repo / "refs").mkdir(parents=True)
-        (repo / "refs" / "main").write_text("c0ffee" * 6)
+        repo = tmp_path / "hub" / name
         snapshot = repo / "snapshots" / ("c0ffee" * 6)
         snapshot.mkdir(parents=True)
-        (tmp_path / "alpaca_eval.json").write_text('[{"instruction": "Say something.", "output": "x"}]')
-        for path in files:
-            shutil.copy(path, snapshot / path.name)
-
-    def patch() -> None:
-        constants.HF_HUB_CACHE = str(cache)
-        import huggingface_hub.file_download as file_download
-
-        file_download.constants.HF_HUB_CACHE = str(cache)
-
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text(snapshot.name)
+        for path in contents:
+            shutil.copy(path, snapshot)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     flags = ["--model_path", "some/model", "--prompts", "tatsu-lab/alpaca_eval", "--preflight_only"]
-    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
-    code, text = run_inference(*flags, "--output_file", tmp_path / "outputs.jsonl", patch=patch).wait()
+    code, text = run_inference(*flags, "--output_file", tmp_path / "outputs.jsonl").wait()
     assert code == 0, text
     assert "some/model at c0ffeec0ffee, complete in the cache" in text
     assert "tatsu-lab/alpaca_eval: 1 records" in text

@@ -1,6 +1,7 @@
 """Jump-forward in the real Runtime on the CPU: same answers, valid answers, no leaks, fewer passes."""
 
 import asyncio
+import functools
 import json
 import os
 import random
@@ -13,8 +14,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from batch_infer.arguments import parse
-from batch_infer.engine import fork_engine_processes
-from harness import fork
+from batch_infer.start import skip_other_models
+from harness import fork, summary_of
 from runtime_plugins import jump_forward
 from workbench import UserError
 
@@ -36,6 +37,7 @@ def object_of(properties: dict) -> dict:
 
 VALUES = ({"type": "boolean"}, {"enum": ["red", "green"]}, {"type": "integer", "maximum": 9, "minimum": 0})
 THREE_LONG_KEYS = json.dumps(object_of(dict(zip(KEYS, VALUES, strict=True))))
+MIXED, EXAMPLES = 32, 3  # requests of mixed_requests; examples of random grammars, 16 requests each
 
 
 # --- requests -----------------------------------------------------------------------------------------
@@ -85,11 +87,11 @@ def random_schema(rng: random.Random, depth: int = 0) -> dict:
             return {"type": kind}
 
 
-def mixed_requests(count: int) -> list[tuple[str, dict, float]]:
+def mixed_requests() -> list[tuple[str, dict, float]]:
     """(prompt, sampling parameters, seconds until it is sent): free and constrained, greedy and sampled,
     short caps, stop strings and stop tokens."""
     rng, requests = random.Random(5), []
-    for index in range(count):
+    for index in range(MIXED):
         # With top_p for all, SGLang's seeded sampler draws the same token whatever runs beside it.
         params = {"temperature": rng.choice([0, 0, 0.8]), "top_p": 0.95, "sampling_seed": rng.randrange(10**6)}
         params["max_new_tokens"] = rng.choice([1, 2, 5, 17, 40, 200, 200, 200])
@@ -132,31 +134,24 @@ def problem(params: dict, answer: dict) -> str | None:
 
 
 class Serving:
-    """An engine in a forked child, with SGLang's own pool check after every pass."""
+    """An engine, with SGLang's own pool check after every pass; for a forked child."""
 
     def __init__(self, model: Path, backend: str, jumps: bool, **options) -> None:
         os.environ["RUNTIME_PLUGINS"] = "cpu,count_passes" + ",jump_forward" * jumps
         os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
-        fork_engine_processes()
         from sglang.srt.entrypoints.engine import Engine
         from sglang.srt.plugins import load_plugins
         from sglang.srt.server_args import ServerArgs
 
-        from batch_infer.engine import skip_other_models
-
         skip_other_models(["Qwen2ForCausalLM"])
         load_plugins()
         fixed = {
-            **{
-                "model_path": str(model),
-                "device": "cpu",
-                "dtype": "float32",
-                "attention_backend": "torch_native",
-            },
+            **{"model_path": str(model), "device": "cpu", "dtype": "float32", "log_level": "error"},
+            **{"attention_backend": "torch_native", "grammar_backend": backend},
             **{"cuda_graph_backend_decode": "disabled", "cuda_graph_backend_prefill": "disabled"},
             **{"enable_deterministic_inference": True, "constrained_json_disable_any_whitespace": True},
             **{"max_running_requests": 64, "max_total_tokens": 20000, "mem_fraction_static": 0.3},
-            **{"disable_overlap_schedule": jumps, "grammar_backend": backend, "log_level": "error"},
+            **{"disable_overlap_schedule": jumps},
         }
         self.engine = Engine(server_args=ServerArgs(**fixed | options))
 
@@ -211,45 +206,27 @@ def in_engine(function, folder: Path, *args, patch=None, timeout_s: float = 240,
 
 
 def mixed_run(serving: Serving) -> dict:
-    return {"answers": serving.answer(mixed_requests(48))}
-
-
-def counted_run(*counts: int):
-    """The same, and the forward passes of 1, 8, ... requests for THREE_LONG_KEYS, a moment apart."""
-
-    def run(serving: Serving) -> dict:
-        found = mixed_run(serving) | {"passes": {}}
-        for count in counts:
-            before = serving.counters("forward_passes")[0]
-            params = {"temperature": 0, "max_new_tokens": 300, "json_schema": THREE_LONG_KEYS}
-            answers = serving.answer([(f"Person {n}:", params, 0.002 * n) for n in range(count)])
-            assert not [reason for answer in answers if (reason := problem(params, answer))]
-            found["passes"][count] = serving.counters("forward_passes")[0] - before
-        return found
-
-    return run
-
-
-COUNTED = {"llguidance": counted_run(1, 8, 64), "xgrammar": counted_run(8)}
-
-
-def check_passes(plain: dict, jumping: dict) -> None:
-    for count, passes in jumping["passes"].items():
-        assert 3 * passes <= plain["passes"][count], (count, passes, plain["passes"])
+    """The mixed requests, and the forward passes of 8 requests for THREE_LONG_KEYS, a moment apart."""
+    found = {"answers": serving.answer(mixed_requests())}
+    before = serving.counters("forward_passes")
+    params = {"temperature": 0, "max_new_tokens": 300, "json_schema": THREE_LONG_KEYS}
+    answers = serving.answer([(f"Person {n}:", params, 0.002 * n) for n in range(8)])
+    assert not [reason for answer in answers if (reason := problem(params, answer))]
+    return found | {"passes": serving.counters("forward_passes")[0] - before[0]}
 
 
 @pytest.fixture(scope="module")
-def masks_only(runtime, tiny_qwen2, tmp_path_factory):
-    """masks_only(backend): what SGLang answers by itself, its overlap scheduler on."""
+def served(runtime, tiny_qwen2, tmp_path_factory):
+    """served(backend, jumps): what mixed_run finds and, with jumps, random_grammars. Without: what SGLang answers by
+    itself, its overlap scheduler on."""
     import llguidance  # noqa: F401
 
-    found = {}
+    @functools.cache
+    def of(backend: str, jumps: bool) -> dict:
+        def run(serving: Serving) -> dict:
+            return mixed_run(serving) | ({"grammars": random_grammars(serving, EXAMPLES)} if jumps else {})
 
-    def of(backend: str) -> dict:
-        if backend not in found:
-            folder = tmp_path_factory.mktemp(backend)
-            found[backend] = in_engine(COUNTED[backend], folder, tiny_qwen2, backend, False)
-        return found[backend]
+        return in_engine(run, tmp_path_factory.mktemp(backend), tiny_qwen2, backend, jumps)
 
     return of
 
@@ -281,7 +258,6 @@ def check(requests: list, plain: list[dict], jumping: list[dict], exact: bool) -
 
 
 VARIANTS = {
-    "plain": {},
     "retracted": {"chunked_prefill_size": 48, "max_total_tokens": 1200, "disable_radix_cache": True},
     "chunked": {"chunked_prefill_size": 16},
     "mixed_chunk": {"chunked_prefill_size": 24, "enable_mixed_chunk": True},
@@ -290,15 +266,17 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "variant",
-    ["plain", "retracted"]
-    + [pytest.param(name, marks=pytest.mark.long) for name in ("chunked", "mixed_chunk", "dp", "tp")],
-)
-def test_ids_from_llguidance_give_the_same_answers(masks_only, tiny_qwen2, tmp_path, variant):
-    """Greedy and sampled, id for id, against masks only at other settings: nothing depends on what runs beside."""
+def test_ids_from_llguidance_give_the_same_answers(served):
+    """Greedy and sampled, id for id, against masks only: nothing depends on what runs beside."""
+    plain, jumping = served("llguidance", False), served("llguidance", True)
+    check(mixed_requests(), plain["answers"], jumping["answers"], exact=True)
 
-    def retract_every_third_pass() -> None:
+
+@pytest.mark.parametrize(
+    "variant", [n if n == "retracted" else pytest.param(n, marks=pytest.mark.long) for n in VARIANTS]
+)
+def test_ids_from_llguidance_give_the_same_answers_at_other_settings(served, tiny_qwen2, tmp_path, variant):
+    def patch() -> None:
         if variant == "retracted":
             from sglang.srt.managers import scheduler
 
@@ -306,27 +284,32 @@ def test_ids_from_llguidance_give_the_same_answers(masks_only, tiny_qwen2, tmp_p
         if variant == "tp":
             os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"
 
-    plain = masks_only("llguidance")
-    run = COUNTED["llguidance"] if variant == "plain" else mixed_run
-    options = {"patch": retract_every_third_pass, **VARIANTS[variant]}
-    found = in_engine(run, tmp_path, tiny_qwen2, "llguidance", True, **options)
+    plain, requests = served("llguidance", False), mixed_requests()
+    options = VARIANTS[variant] | {"patch": patch}
+    found = in_engine(
+        lambda serving: serving.answer(requests), tmp_path, tiny_qwen2, "llguidance", True, **options
+    )
     if variant == "retracted":
-        assert sum(answer["retractions"] for answer in found["answers"]) > 3
+        assert sum(answer["retractions"] for answer in found) > 3
     if variant == "tp":  # sums over two processes have other bits
-        for (_, params, _), answer in zip(mixed_requests(48), found["answers"], strict=True):
-            assert problem(params, answer) is None
+        assert not [
+            reason
+            for (_, params, _), answer in zip(requests, found, strict=True)
+            if (reason := problem(params, answer))
+        ]
     else:
-        check(mixed_requests(48), plain["answers"], found["answers"], exact=True)
-    if variant == "plain":
-        check_passes(plain, found)
+        check(requests, plain["answers"], found, exact=True)
 
 
-def test_text_from_xgrammar_keeps_every_id_before_the_first_forced_one(masks_only, tiny_qwen2, tmp_path):
-    plain = masks_only("xgrammar")
-    found = in_engine(COUNTED["xgrammar"], tmp_path, tiny_qwen2, "xgrammar", True)
-    different = check(mixed_requests(48), plain["answers"], found["answers"], exact=False)
-    print(f"{different} of 48 answers differ behind a forced run that was tokenised otherwise")
-    check_passes(plain, found)
+def test_text_from_xgrammar_keeps_every_id_before_the_first_forced_one(served):
+    plain, jumping = served("xgrammar", False), served("xgrammar", True)
+    different = check(mixed_requests(), plain["answers"], jumping["answers"], exact=False)
+    print(f"{different} of {MIXED} answers differ behind a forced run that was tokenised otherwise")
+
+
+@pytest.mark.parametrize("backend", ["llguidance", "xgrammar"])
+def test_forced_text_takes_a_third_of_the_passes(served, backend):
+    assert 3 * served(backend, True)["passes"] <= served(backend, False)["passes"]
 
 
 @pytest.mark.long
@@ -347,13 +330,13 @@ def test_adapters_beside_the_base_model(runtime, tiny_qwen2, tmp_path):
     assert code == 0, text
 
     def run(serving: Serving) -> list[dict]:
-        return serving.answer(mixed_requests(48), adapters=["x", None])
+        return serving.answer(mixed_requests(), adapters=["x", None])
 
     options = {"lora_paths": {"x": str(adapter)}, "max_loras_per_batch": 2, "lora_backend": "torch_native"}
     plain, jumping = (
         in_engine(run, tmp_path, tiny_qwen2, "llguidance", jumps, **options) for jumps in (False, True)
     )
-    check(mixed_requests(48), plain, jumping, exact=True)
+    check(mixed_requests(), plain, jumping, exact=True)
 
 
 # --- properties ---------------------------------------------------------------------------------------
@@ -390,57 +373,54 @@ CONSTRAINTS = st.one_of(
 )
 
 
+def random_grammars(serving: Serving, examples: int) -> dict[str, int]:
+    """16 requests an example, together: every answer that ends by itself satisfies its schema or regex."""
+    totals = {"requests": 0, "ended": 0, "forced_tokens": 0}
+
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],  # shrinking would run thousands of requests more
+    )
+    @given(st.lists(CONSTRAINTS, min_size=16, max_size=16), st.integers(0, 2**20))
+    def holds(constraints: list[dict], seed: int) -> None:
+        rng, requests = random.Random(seed), []
+        for index, constraint in enumerate(constraints):
+            params = {
+                "temperature": rng.choice([0, 1]),
+                "top_p": 0.95,
+                "max_new_tokens": 160,
+                "sampling_seed": seed,
+            }
+            requests.append((f"{seed % 3} {index}:", params | constraint, rng.random() * 0.05))
+        answers = serving.answer(requests)
+        for (_, params, _), answer in zip(requests, answers, strict=True):
+            assert problem(params, answer) is None
+        totals["requests"] += len(answers)
+        totals["ended"] += sum(answer["finish_reason"]["type"] == "stop" for answer in answers)
+        totals["forced_tokens"] += sum(sum(answer["forced_runs"]) for answer in answers)
+
+    holds()
+    return totals
+
+
+BACKENDS = ("llguidance", "xgrammar")
+
+
 @pytest.mark.parametrize(
     ("backend", "examples"),
-    [
-        ("xgrammar", 5),
-        ("llguidance", 5),
-        pytest.param("xgrammar", 330, marks=pytest.mark.long),
-        pytest.param("llguidance", 330, marks=pytest.mark.long),
-    ],
+    [(name, EXAMPLES) for name in BACKENDS]
+    + [pytest.param(name, 330, marks=pytest.mark.long) for name in BACKENDS],
 )
-def test_random_grammars_are_satisfied_and_nothing_leaks(runtime, tiny_qwen2, tmp_path, backend, examples):
-    """16 requests an example, together: every answer that ends by itself satisfies its schema or regex."""
-
-    def run(serving: Serving) -> dict:
-        totals = {"requests": 0, "ended": 0, "forced_tokens": 0}
-
-        @settings(
-            max_examples=examples,
-            deadline=None,
-            database=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-            phases=[Phase.generate],  # shrinking would run thousands of requests more
-        )
-        @given(st.lists(CONSTRAINTS, min_size=16, max_size=16), st.integers(0, 2**20))
-        def holds(constraints: list[dict], seed: int) -> None:
-            rng = random.Random(seed)
-            requests = [
-                (
-                    f"{seed % 3} {index}:",
-                    {
-                        "temperature": rng.choice([0, 1]),
-                        "top_p": 0.95,
-                        "max_new_tokens": 160,
-                        "sampling_seed": seed,
-                    }
-                    | constraint,
-                    rng.random() * 0.05,
-                )
-                for index, constraint in enumerate(constraints)
-            ]
-            answers = serving.answer(requests)
-            for (_, params, _), answer in zip(requests, answers, strict=True):
-                assert problem(params, answer) is None
-            totals["requests"] += len(answers)
-            totals["ended"] += sum(answer["finish_reason"]["type"] == "stop" for answer in answers)
-            totals["forced_tokens"] += sum(sum(answer["forced_runs"]) for answer in answers)
-
-        holds()
-        return totals
-
-    totals = in_engine(run, tmp_path, tiny_qwen2, backend, True, timeout_s=1200, max_running_requests=16)
+def test_random_grammars_are_satisfied_and_nothing_leaks(served, tiny_qwen2, tmp_path, backend, examples):
+    """Each engine looks at its pool after every pass and at its end (in_engine)."""
+    if examples == EXAMPLES:
+        totals = served(backend, True)["grammars"]
+    else:
+        options = {"timeout_s": 1200, "max_running_requests": 16}
+        run = functools.partial(random_grammars, examples=examples)
+        totals = in_engine(run, tmp_path, tiny_qwen2, backend, True, **options)
     print(totals)
     assert totals["requests"] >= 16 * examples
     assert totals["ended"] > 0.8 * totals["requests"]
@@ -457,7 +437,7 @@ def test_stable_tokens_spell_the_text_and_survive_what_follows(request, runtime,
         tokenizer = AutoTokenizer.from_pretrained(folder)
         kept = []
 
-        @settings(max_examples=200, deadline=None, database=None, derandomize=True)
+        @settings(derandomize=True)
         @given(st.lists(st.sampled_from(TEXTS), min_size=1, max_size=5).map("".join), st.sampled_from(TEXTS))
         def holds(text: str, behind: str) -> None:
             ids = list(jump_forward.stable_tokens(tokenizer, text))
@@ -545,30 +525,22 @@ def test_an_engine_with_the_overlap_scheduler_does_not_start(runtime, tiny_qwen2
     assert "jump_forward does not work with the overlap scheduler" in text
 
 
-def test_the_program_counts_its_jumps(run_inference, tmp_path):
+def test_the_program_counts_its_jumps(run_inference, uninterrupted_inference, tmp_path):
     rows = [{"instruction": f"Person {n}.", "json_schema": THREE_LONG_KEYS} for n in range(6)]
     rows += [{"instruction": "Say something."}]
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps(rows))
-    flags = [
-        "--prompts",
-        prompts,
-        "--max_new_tokens",
-        300,
-        "--engine_args",
-        '{"grammar_backend": "llguidance"}',
-    ]
-    found = {}
-    for name, more in {"without": [], "with": ["--jump_forward"]}.items():
-        code, text = run_inference(*flags, *more, "--output_file", tmp_path / name / "outputs.jsonl").wait()
-        assert code == 0, text
-        summary = json.loads((tmp_path / name / "summary.json").read_text())
-        answers = json.loads((tmp_path / name / "outputs_all.json").read_text())
-        found[name] = (summary["jumps"], summary["forced_tokens"] / summary["output_tokens"], answers)
-        assert summary["settings"]["identity"].get("jump_forward", False) is (name == "with")
-        assert summary["settings"]["profile"] == ("fast" if name == "with" else "reproducible")
+    flags = ["--jump_forward", "--engine_args", '{"grammar_backend": "llguidance"}', "--prompts", prompts]
+    flags += ["--max_new_tokens", 300, "--output_file", tmp_path / "outputs.jsonl"]
+    code, text = run_inference(*flags).wait()
+    assert code == 0, text
     assert "disable_overlap_schedule = True: --jump_forward must know" in text
-    assert found["without"][:2] == (0, 0)
-    assert found["with"][0] >= 18
-    assert found["with"][1] > 0.5
-    assert found["with"][2] == found["without"][2]
+    summary, without = summary_of(tmp_path), summary_of(uninterrupted_inference)
+    assert re.search(
+        rf"^jumps +{summary['jumps']} with {summary['forced_tokens']:,} forced tokens$", text, re.M
+    )
+    assert summary["jumps"] >= 18
+    assert summary["forced_tokens"] > 0.5 * summary["output_tokens"]
+    assert (without["jumps"], without["forced_tokens"]) == (0, 0)
+    assert summary["settings"]["identity"]["jump_forward"] is True
+    assert summary["settings"]["profile"] == "fast"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness import ROOT, fork
+from workbench import UserError
 
 SCRIPT = ROOT / "deepspeed" / "run_llama2_7b_lora.sh"
 ENV = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix}
@@ -68,36 +69,89 @@ def test_works_from_another_folder_and_stops_on_a_signal_to_bash_alone(quick, li
     ]
 
 
-def test_a_rank_killed_by_a_signal_makes_the_exit_code_1(libraries, tmp_path):
-    from lora_sft.ranks import run_ranks
+@pytest.fixture
+def ranks(transformers, tmp_path):
+    """ranks(function) -> (exit code, output) of two ranks that call `function(rank)`."""
+    from lora_sft.launch import run_ranks
 
-    def program() -> int:
-        return run_ranks(lambda rank: os.kill(os.getpid(), 9) if rank else 0, 2, tmp_path)
+    def run(function):
+        work_dir = tmp_path / "work"
+        work_dir.mkdir()
+        return fork(lambda: run_ranks(function, 2, work_dir), tmp_path / "terminal.txt").wait()
 
-    code, text = fork(program, tmp_path / "terminal.txt").wait()
+    return run
+
+
+@pytest.mark.v100
+def test_a_rank_killed_by_a_signal_makes_the_exit_code_1(ranks):
+    code, text = ranks(lambda rank: os.kill(os.getpid(), 9) if rank else 0)
+    assert (code, text) == (1, "error: rank 1 was killed by SIGKILL\n")
+
+
+@pytest.mark.v100
+def test_ranks_that_stop_give_75(ranks):
+    assert ranks(lambda rank: 75) == (75, "")
+
+
+@pytest.mark.v100
+def test_an_error_of_the_user_is_one_line_whatever_the_other_ranks_see_of_it(ranks):
+    def rank_main(rank: int) -> int:
+        if rank:
+            time.sleep(0.5)
+            raise UserError("the disk is full")
+        raise RuntimeError("connection closed by peer")
+
+    assert ranks(rank_main) == (2, "error: the disk is full\n")
+
+
+@pytest.mark.v100
+def test_a_rank_that_waits_for_one_that_has_failed_is_killed_without_a_word(ranks, monkeypatch):
+    """As NCCL does after an "out of memory" elsewhere; a stop request does not reach it."""
+    monkeypatch.setattr("lora_sft.launch.GRACE_S", 0.2)
+
+    def rank_main(rank: int) -> int:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if rank:
+            time.sleep(60)
+        raise UserError("out of GPU memory")
+
+    assert ranks(rank_main) == (2, "error: out of GPU memory\n")
+
+
+@pytest.mark.v100
+def test_a_bug_prints_the_traceback_of_the_first_rank_that_fails(ranks):
+    def rank_main(rank: int) -> int:
+        time.sleep(0.5 * rank)
+        raise RuntimeError(f"bug of rank {rank}")
+
+    code, text = ranks(rank_main)
     assert code == 1
-    assert "error: rank 1 was killed by SIGKILL" in text
+    assert text.count("Traceback") == 1
+    assert "RuntimeError: bug of rank 0" in text
 
 
-def test_first_failing_rank_sets_the_exit_code(tmp_path):
-    from lora_sft import UserError
-    from lora_sft.ranks import run_ranks
+@pytest.mark.v100
+def test_ranks_die_with_their_parent(transformers, tmp_path):
+    from lora_sft.launch import run_ranks
 
-    def all_stop() -> int:
-        return run_ranks(lambda rank: 75, 2, tmp_path)
+    def wait(rank: int) -> int:
+        (tmp_path / f"rank{rank}").write_text(str(os.getpid()))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a stop request is: torch's own way to end a rank
+        time.sleep(60)
+        return 0
 
-    assert fork(all_stop, tmp_path / "a.txt").wait()[0] == 75
-
-    def one_user_error() -> int:
-        def rank_main(rank: int) -> int:
-            if rank:
-                raise UserError("the disk is full")
-            raise RuntimeError("connection closed by peer")  # what the others see of it
-
-        return run_ranks(rank_main, 2, tmp_path)
-
-    code, text = fork(one_user_error, tmp_path / "b.txt").wait()
-    assert (code, text) == (2, "error: the disk is full\n")
+    program = fork(lambda: run_ranks(wait, 2, tmp_path), tmp_path / "terminal.txt")
+    program.wait_for(lambda: all((tmp_path / f"rank{rank}").exists() for rank in (0, 1)))
+    time.sleep(0.2)
+    pids = [int((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
+    os.kill(program.pid, signal.SIGKILL)
+    program.wait()
+    deadline = time.monotonic() + 10
+    while any(
+        Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text() for pid in pids
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_ranks_see_exactly_the_gpus_that_were_given(start, quick, tmp_path):
@@ -106,27 +160,21 @@ def test_ranks_see_exactly_the_gpus_that_were_given(start, quick, tmp_path):
     def pretend_two_gpus():
         import torch
 
-        from lora_sft import preflight, training
+        import lora_sft.train
+        from lora_sft import preflight
+        from lora_sft.machine import Gpus
 
-        def look_at_gpus(args, plan):
-            plan |= {
-                "gpu_name": None,
-                "gpu_free_gib": None,
-                "gpu_limit_gib": 14.6,
-                "world_size": 2,
-                "dtype": "fp16",
-            }
-            plan["dtype_reason"] = "pretended"
-            return "pretended"
+        def look_at_gpus(args):
+            return Gpus(None, None, None, 14.6, 2, "fp16", "pretended"), "pretended"
 
-        def train_rank(args, plan, work_dir, rank, stop):
+        def train_rank(args, plan, work_dir, resume_from, stop, rank):
             seen = [os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "RANK", "WORLD_SIZE")]
             (tmp_path / f"rank{rank}").write_text(" ".join([*seen, chosen[0]]))
             return 0
 
         chosen = []
         torch.cuda.set_device = lambda device: chosen.append(f"cuda:{device}")
-        preflight.look_at_gpus, training.train_rank = look_at_gpus, train_rank
+        preflight.look_at_gpus, lora_sft.train.train_rank = look_at_gpus, train_rank
 
     flags = [*quick, "--device", "cuda", "--output_dir", tmp_path / "out"]
     code, text = start(*flags, env={"CUDA_VISIBLE_DEVICES": "2,3"}, patch=pretend_two_gpus).wait()

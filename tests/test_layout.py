@@ -1,5 +1,6 @@
 """The name hazard: our folders deepspeed/ and sglang/ must never shadow the installed packages."""
 
+import ast
 import re
 import sys
 
@@ -26,17 +27,52 @@ def test_no_module_beside_a_script_hides_a_library():
 
     names = set(importlib.metadata.packages_distributions()) | sys.stdlib_module_names
     names -= {"runtime_plugins"}  # installed from here, and the same files
-    for folder in ("deepspeed", "sglang", "common", "rehearsal", "handout"):
+    for folder in ("deepspeed", "sglang", "sglang/labs", "common", "rehearsal", "handout", "bench"):
         for path in (ROOT / folder).glob("*"):
             if path.suffix == ".py" or (path / "__init__.py").exists():
                 assert path.stem not in names, path
 
 
-def test_nothing_in_one_program_imports_the_other():
-    for path in (ROOT / "deepspeed").rglob("*.py"):
-        assert "import sglang" not in path.read_text()
-    for path in (ROOT / "sglang").rglob("*.py"):
-        assert "import deepspeed" not in path.read_text()
+def imports(path) -> set[str]:
+    """Names of the top-level modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("folder", "knows"),
+    [
+        ("common/workbench", {"workbench"}),
+        ("deepspeed", {"workbench", "lora_sft", "tiny_model", "todo"}),
+        ("sglang/runtime_plugins", {"runtime_plugins"}),
+        ("sglang/batch_infer", {"workbench", "batch_infer", "runtime_plugins", "tiny_model"}),
+        ("sglang/labs", {"workbench", "batch_infer", "engines", "radix_figure", "fsm_figure", "radix_results"}),
+    ],
+)
+def test_arrows_point_down(folder, knows):
+    """script -> its package -> common -> libraries; nothing below knows labs, bench, handout or the other program."""
+    places = (
+        "common",
+        "deepspeed",
+        "sglang",
+        "sglang/labs",
+        "sglang/runtime_plugins",
+        "bench",
+        "handout",
+        "rehearsal",
+    )
+    entries = [path for place in places for path in (ROOT / place).iterdir()]
+    ours = {path.stem for path in entries if path.suffix == ".py" or (path / "__init__.py").exists()}
+    ours |= {"deepspeed", "sglang"}
+    library = "deepspeed" if folder == "deepspeed" else "sglang"
+    for path in (ROOT / folder).rglob("*.py"):
+        if "build" not in path.parts:
+            assert imports(path) & ours <= knows | {library}, path
 
 
 def test_the_repository_is_not_on_the_path():

@@ -2,41 +2,29 @@
 
 import json
 
-import pytest
-
-from harness import ROOT, fork
-from lora_sft import preflight
+from harness import ROOT, in_child
 from lora_sft.arguments import parse, read_zero_config
 
 LAYER = 4 * 4096 * 4096 + 3 * 4096 * 11008  # elements of a layer of Llama-2-7B
 CARD_GIB = 14.6  # what a card of 16 GB leaves to PyTorch
 
 
-def in_child(function, tmp_path) -> None:
-    """torch computes in children only (harness.py)."""
-
-    def run() -> int:
-        function()
-        return 0
-
-    code, text = fork(run, tmp_path / "child.txt").wait()
-    print(text)
-    assert code == 0, text
-
-
-def test_1a_1b_1c_training_fits_into_two_cards_of_16_gb(libraries, tmp_path):
+def test_1a_1b_1c_training_fits_into_two_cards_of_16_gb(transformers, tmp_path):
     """Llama-2-7B in fp16, as `--preflight_only` predicts it (`pytest -rP` shows the parts)."""
     args = parse([])
     zero_config = read_zero_config(args.deepspeed)
-    plan = {"dtype": "fp16", "world_size": 2, "gpu_limit_gib": CARD_GIB, "gpu_free_gib": None}
-    plan |= {"model_folder": str(tmp_path), "answer_share": 0.35}  # of rm-static's tokens, about
 
     def predict():
         from transformers import LlamaConfig
 
+        from lora_sft.machine import Gpus
+        from lora_sft.preflight import Model, look_at_gpu_memory, look_at_lora
+
         LlamaConfig().save_pretrained(tmp_path)  # its defaults are Llama-2-7B's shape
-        preflight.look_at_lora(args, plan, zero_config)
-        print(preflight.judge_memory(args, plan))
+        gpus = Gpus(None, None, None, gpu_limit_gib=CARD_GIB, world_size=2, dtype="fp16", dtype_reason="V100")
+        answer_share = 0.35  # of rm-static's tokens, about
+        sizes, _ = look_at_lora(args, zero_config, Model(str(tmp_path), None, ""), gpus, answer_share)
+        print(look_at_gpu_memory(args, gpus, sizes))
 
     in_child(predict, tmp_path)
 
@@ -46,12 +34,12 @@ def test_1a_a_micro_batch_is_worth_its_gathers():
     assert parse([]).tokens_per_micro_batch >= 2048
 
 
-def test_1c_only_adapters_train_and_they_get_gradients(libraries, tiny_model, tmp_path):
+def test_1c_only_adapters_train_and_they_get_gradients(transformers, tiny_model, tmp_path):
     def look():
         import torch
         from transformers import AutoModelForCausalLM
 
-        from lora_sft.lora import add_adapters
+        from lora_sft.model import add_adapters
 
         args = parse(["--lora_r", "4", "--lora_target_modules", "q_proj,down_proj"])
         model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
@@ -83,17 +71,8 @@ def test_1b_zero_gathers_whole_layers_with_their_adapters():
     assert zero["reduce_bucket_size"] >= adapter_tensor, "one reduction for many gradients"
 
 
-@pytest.fixture(scope="module")
-def trained(libraries, quick, tmp_path_factory):
-    out = tmp_path_factory.mktemp("problem1") / "finetune"
-    flags = [*quick, "--output_dir", str(out)]
-    code, text = fork(lambda: libraries.main(flags), out.parent / "terminal.txt").wait()
-    assert code == 0, text
-    return out
-
-
-def test_a_short_rehearsal_learns(trained):
-    summary = json.loads((trained / "summary.json").read_text())
+def test_a_short_rehearsal_learns(adapter):
+    summary = json.loads((adapter / "summary.json").read_text())
     assert summary["steps"] == 6
     assert summary["perplexity_after"] < summary["perplexity_before"]
-    assert (trained / "adapter_model.safetensors").is_file()
+    assert (adapter / "adapter_model.safetensors").is_file()

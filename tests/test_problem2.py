@@ -1,16 +1,16 @@
 """Problem 2, as students can check it: `python -P -m pytest tests/test_problem2.py`."""
 
 import asyncio
-import json
 
 import pytest
 
+from batch_infer import generate
 from batch_infer.arguments import Arguments
-from batch_infer.engine import answer_all, environment
-from batch_infer.planner import Plan
+from batch_infer.engine_args import environment
+from batch_infer.order import Part, Plan, depth_first
 from batch_infer.prompts import Record
-from batch_infer.records import PartialFile
-from harness import ROOT
+from batch_infer.store import PartialFile
+from harness import summary_of
 
 
 class FakeEngine:
@@ -52,30 +52,36 @@ class FakeEngine:
 
 
 @pytest.fixture
-def ask(tmp_path):
-    """ask(prompts, order=None, copies=1, adapter=None, waiting_limit=None, stop_after=None, **flags) -> (engine, rows
-    by index). With two copies the first half of the prompts is for the first. Rows that fail without a reason of
-    the engine's fail the test."""
+def ask(tmp_path, monkeypatch):
+    """ask(prompts, planned=False, copies=1, adapter=None, batch_size=0, waiting_limit=None, stop_after=None) ->
+    (engine, rows by index). With two copies the first half of the prompts is for the first. Rows that fail without a
+    reason of the engine's fail the test."""
 
-    def run(prompts, order=None, copies=1, adapter=None, waiting_limit=None, stop_after=None, **flags):
+    def run(prompts, planned=False, copies=1, adapter=None, batch_size=0, waiting_limit=None, stop_after=None):
         engine, partial = FakeEngine(), PartialFile(tmp_path, {}, {})
-        records = [
-            Record(i, "", input_ids=ids, max_new_tokens=8, lora=adapter) for i, ids in enumerate(prompts)
-        ]
         engine.in_flight_at_rows = []
+        records = [
+            Record(i, "", lora=adapter, input_ids=ids, sampling_params={"max_new_tokens": 8})
+            for i, ids in enumerate(prompts)
+        ]
+        parts, half = [], -(-len(records) // copies)
+        for copy in range(copies):
+            mine = records[copy * half : (copy + 1) * half]
+            ids = [record.input_ids for record in mine]
+            plan = depth_first(ids, [2] * len(mine), 1000) if planned else Plan(list(range(len(mine))))
+            parts.append(Part(mine, plan, copy if copies > 1 else None))
+        monkeypatch.setattr(generate, "WAITING_FOR_LPM", waiting_limit)
 
         async def answer():
-            half = -(-len(records) // copies)
-            parts = [records[i : i + half] for i in range(0, len(records), half)]
-            plans = [(part, order or Plan.as_given(len(part))) for part in parts]
-            args, stopped = Arguments(**flags), asyncio.Event()
+            stopped = asyncio.Event()
 
             def on_rows(rows):
                 engine.in_flight_at_rows.append(engine.in_flight)
                 if stop_after is not None and len(partial.rows) >= stop_after:
                     stopped.set()
 
-            work = answer_all(engine, plans, args, partial, stopped, waiting_limit, on_rows)
+            policy = "lpm" if waiting_limit else "fcfs"
+            work = generate.answer_all(engine, parts, partial, stopped, on_rows, batch_size, policy)
             await asyncio.wait_for(work, timeout=20)
             assert engine.in_flight == 0, "nothing runs on after the end or a stop"
 
@@ -96,10 +102,13 @@ def test_2b_2c_all_records_are_in_flight_together(ask):
     assert [rows[i]["output"] for i in range(len(MANY))] == ["a b"] * len(MANY)
 
 
-def test_2b_2c_batch_size_limits_them(ask):
-    engine, rows = ask(MANY, batch_size=7)
-    assert engine.most_in_flight == 7
-    assert len(rows) == len(MANY)
+@pytest.mark.parametrize(("copies", "batch_size"), [(1, 7), (2, 7), (2, 1)])
+def test_2b_2c_batch_size_limits_them(ask, copies, batch_size):
+    """However many copies of the engine there are."""
+    prompts = [[1, 2, 3, number] for number in range(9)] + [[4, 5, 6, number] for number in range(9)]
+    engine, rows = ask(prompts, planned=True, copies=copies, batch_size=batch_size)
+    assert engine.most_in_flight == batch_size
+    assert len(rows) == len(prompts)
 
 
 def test_2b_2c_so_many_wait_for_their_first_token(ask):
@@ -111,7 +120,7 @@ def test_2b_2c_so_many_wait_for_their_first_token(ask):
 def test_2b_2c_a_shared_prefix_is_computed_once(ask):
     """In the plan's order; the others start when the first of them has its first token, not when it has ended."""
     prompts = [[1, 2, 3, number] for number in (9, 7, 8)]
-    engine, _ = ask(prompts, order=Plan.depth_first(prompts, [2] * 3, 1000))
+    engine, _ = ask(prompts, planned=True)
     assert engine.started == [(prompts[1], 0, 0), (prompts[2], 1, 1), (prompts[0], 1, 2)]
 
 
@@ -130,12 +139,11 @@ def test_2b_2c_a_request_names_adapter_and_parameters(ask, waiting_limit):
 
 
 def test_2b_2c_each_copy_answers_its_own_records(ask):
-    engine, rows = ask(MANY, copies=2, batch_size=10)
+    engine, rows = ask(MANY, copies=2)
     assert sorted(request[:3] for request in engine.requests) == [
         (ids, None, int(i >= len(MANY) / 2)) for i, ids in enumerate(MANY)
     ]
-    assert len(rows) == len(MANY)
-    assert engine.most_in_flight == 10
+    assert len(rows) == engine.most_in_flight == len(MANY)
 
 
 def test_2b_2c_answers_are_on_disk_while_others_run(ask):
@@ -163,14 +171,8 @@ def test_2d_the_reproducible_profile_keeps_the_radix_cache():
     assert plugins(fast=True, jump_forward=True) == {"jump_forward"}
 
 
-def test_2a_the_engine_answers_and_the_radix_cache_is_hit(run_inference, tmp_path):
-    rows = json.loads((ROOT / "rehearsal" / "instructions.json").read_text())[:11]
-    prompts, out = tmp_path / "few.json", tmp_path / "outputs.jsonl"
-    prompts.write_text(json.dumps([*rows, rows[0]]))
-    flags = ["--prompts", prompts, "--max_new_tokens", 16, "--max_running_requests", 4, "--output_file", out]
-    code, text = run_inference(*flags).wait()
-    assert code == 0, text
-    summary = json.loads((tmp_path / "summary.json").read_text())
+def test_2a_the_engine_answers_and_the_radix_cache_is_hit(uninterrupted_inference):
+    summary = summary_of(uninterrupted_inference)
     assert (summary["records"], summary["failed_records"]) == (12, 0)
     assert summary["cached_prompt_tokens"] > 0
     assert summary["settings"]["engine_args"]["max_running_requests"] == 4

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ CONTRACT = {
 }
 METRICS = {
     *("step", "loss", "learning_rate", "grad_norm", "loss_scale", "step_time_s", "tokens_per_s_per_gpu"),
-    *("peak_reserved_gib", "real_tokens", "trained_tokens"),
+    *("peak_reserved_gib", "real_tokens", "trained_tokens", "step_of_start"),
 }
 SUMMARY = {
     *("eval_loss_before", "eval_loss_after", "perplexity_before", "perplexity_after", "tokens_per_s_per_gpu"),
@@ -33,7 +34,7 @@ def summary_of(out: Path) -> dict:
 
 @pytest.fixture(scope="session")
 def parity_flags(quick) -> list[str]:
-    return [*quick, "--lora_dropout", "0", "--max_steps", "4", "--tokens_per_micro_batch", "384"]
+    return [*quick, "--lora_dropout", "0", "--max_steps", "3", "--tokens_per_micro_batch", "384"]
 
 
 @pytest.fixture(scope="session")
@@ -46,48 +47,48 @@ def two_ranks(libraries, parity_flags, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture(scope="session")
-def one_process(libraries, two_ranks, scratch) -> dict:
-    """The same run in one process without DeepSpeed: losses, grad norms, evaluation, adapter tensors."""
+def reference(config: dict, scratch: Path) -> int:
+    """The run of a run_config.json in one process, without DeepSpeed."""
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
-    from lora_sft import data, training
+    from lora_sft import data, model, train
     from lora_sft.arguments import Arguments
+    from lora_sft.preflight import Plan
 
+    args, plan = Arguments(**config["arguments"]), Plan(**config["plan"] | {"zero_config": None})
+    args = replace(args, output_dir=str(scratch / "reference"), tokens_per_micro_batch=768)
+    tokenizer = AutoTokenizer.from_pretrained(plan.model_folder)
+    data.set_up_tokenizer(tokenizer)
+    rows = data.read_file(Path(args.data_path))
+    train_rows, held_out = data.split_rows(rows, [], args.max_train_rows, args.max_eval_rows, args.seed)
+    packed = data.prepare(train_rows, tokenizer, args.max_seq_len, 4, "train")
+    evaluation = data.prepare(held_out, tokenizer, args.max_seq_len, 4, "eval")
+    hf_args = train.training_arguments(args, plan, use_cpu=True)
+    network = model.load_model(args, plan, tokenizer)
+    trainer = train.PackedTrainer(model=network, args=hf_args, train_dataset=packed)
+    trainer._save_checkpoint = lambda *_, **__: None  # it asks DeepSpeed for the adapter
+    before = train.evaluate(network, evaluation, 4, torch.device("cpu"))
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    result = {
+        "losses": [entry["loss"] for entry in steps],
+        "grad_norms": [float(entry["grad_norm"]) for entry in steps],
+        "before": before,
+        "after": train.evaluate(network, evaluation, 4, torch.device("cpu")),
+    }
+    (scratch / "reference.json").write_text(json.dumps(result))
+    save_file(get_peft_model_state_dict(network), scratch / "reference.safetensors")
+    return 0
+
+
+@pytest.fixture(scope="session")
+def one_process(two_ranks, scratch) -> dict:
+    """What `two_ranks` is compared with: losses, grad norms, evaluation; adapter tensors in reference.safetensors."""
     config = json.loads((two_ranks / "run_config.json").read_text())
-
-    def reference() -> int:
-        import torch
-        from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
-
-        args, plan = Arguments(**config["arguments"]), config["plan"] | {"zero_config": None}
-        args.output_dir, args.tokens_per_micro_batch = str(scratch / "reference"), 768
-        tokenizer = AutoTokenizer.from_pretrained(plan["model_folder"])
-        data.set_up_tokenizer(tokenizer)
-        rows = data.read_file(Path(args.data_path))
-        train, held_out = data.split_rows(rows, [], args.max_train_rows, args.max_eval_rows, args.seed)
-        packed = data.prepare(train, tokenizer, args.max_seq_len, 4, "train")
-        evaluation = data.prepare(held_out, tokenizer, args.max_seq_len, 4, "eval")
-        hf_args = training.training_arguments(args, plan, use_cpu=True)
-        model = training.load_model(args, plan, tokenizer)
-        trainer = training.PackedTrainer(model=model, args=hf_args, train_dataset=packed)
-        trainer._save_checkpoint = lambda *_, **__: None  # it asks DeepSpeed for the adapter
-        before = training.evaluate(model, evaluation, 4, torch.device("cpu"))
-        trainer.train()
-        result = {
-            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-            "grad_norms": [
-                float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry
-            ],
-            "before": before,
-            "after": training.evaluate(model, evaluation, 4, torch.device("cpu")),
-        }
-        (scratch / "reference.json").write_text(json.dumps(result))
-        save_file(get_peft_model_state_dict(model), scratch / "reference.safetensors")
-        return 0
-
-    code, text = fork(reference, scratch / "reference.txt").wait()
+    code, text = fork(lambda: reference(config, scratch), scratch / "reference.txt").wait()
     assert code == 0, text
     return json.loads((scratch / "reference.json").read_text())
 
@@ -135,9 +136,9 @@ def test_parity_with_resident_layers_and_separate_hooks(start, parity_flags, one
     stream of their own, which the host must not outrun."""
 
     def refuse():
-        from lora_sft import training
+        from lora_sft import watch
 
-        training.let_host_run_ahead = None
+        watch.let_host_run_ahead = None
 
     config = json.loads((ROOT / "deepspeed" / "zero3.json").read_text())
     config["zero_optimization"] |= {"stage3_param_persistence_threshold": 100_000, "overlap_comm": True}
@@ -149,98 +150,73 @@ def test_parity_with_resident_layers_and_separate_hooks(start, parity_flags, one
     assert_same_course(tmp_path / "out", one_process)
 
 
+def observe_partitions(seen: Path) -> None:
+    """Leaves in `seen` what rank 0 holds at rest, which modules forward passes fetch, and how much is whole at once."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    from lora_sft import watch
+
+    DeepSpeedEngine._zero3_consolidated_16bit_state_dict = None  # to save, it gathers the frozen base as well
+    fetch = PartitionedParameterCoordinator.fetch_sub_module
+    result = {"at_rest": {}, "fetched": [], "whole": []}  # whole: elements of the base, by step and fetch
+    base: list = []
+
+    def counting_fetch(self, module, forward):
+        if forward and not result["whole"]:
+            result["fetched"].append(type(module).__name__)
+        fetch(self, module, forward)
+        if result["whole"]:
+            result["whole"][-1].append(sum(p.numel() for p in base))
+
+    class Observer(watch.SetUp):
+        def on_train_begin(self, *args, **kwargs):
+            for name, p in self.trainer.model.named_parameters():
+                partitioned = p.ds_status == ZeroParamStatus.NOT_AVAILABLE
+                result["at_rest"][name] = [p.numel(), p.ds_numel, partitioned]
+            result["fetched"].clear()
+            super().on_train_begin(*args, **kwargs)  # runs forward passes
+
+        def on_step_begin(self, *args, **kwargs):
+            base[:] = [p for p in self.trainer.model.parameters() if not p.requires_grad]
+            result["whole"].append([])
+
+        def on_step_end(self, hf_args, state, control, **kwargs):
+            offload = self.trainer.model_wrapped.optimizer.parameter_offload
+            result["ahead"] = offload.get_param_coordinator().fast_sharding_for_leaf_module
+            if state.is_world_process_zero:
+                seen.write_text(json.dumps(result))
+
+    PartitionedParameterCoordinator.fetch_sub_module, watch.SetUp = counting_fetch, Observer
+
+
 def test_weights_are_partitioned_and_gathered_per_layer(start, quick, tmp_path):
     """At rest base and LoRA matrices hold nothing on a rank; a decoder layer is gathered as one unit; in forward and
     backward passes no more than two are whole (and the embedding or the head)."""
-    seen = tmp_path / "seen.json"
-
-    def observe():
-        import os
-
-        from deepspeed.runtime.engine import DeepSpeedEngine
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-
-        from lora_sft import training
-
-        DeepSpeedEngine._zero3_consolidated_16bit_state_dict = (
-            None  # to save, it gathers the frozen base as well
-        )
-        begin, fetch = training.RunCallback.on_train_begin, PartitionedParameterCoordinator.fetch_sub_module
-        step_begin, step_end = training.RunCallback.on_step_begin, training.RunCallback.on_step_end
-        fetched: list[str] = []
-        base: list = []
-        whole: list[list[int]] = []  # elements of the base that are whole, by step and fetch
-
-        def counting_fetch(self, module, forward):
-            if forward:
-                fetched.append(type(module).__name__)
-            result = fetch(self, module, forward)
-            if whole:
-                whole[-1].append(sum(p.numel() for p in base))
-            return result
-
-        def on_step_begin(self, *args, **kwargs):
-            model = self.trainer.model_wrapped.module
-            base[:] = [p for p in model.parameters() if not p.requires_grad]
-            whole.append([])
-            step_begin(self, *args, **kwargs)
-
-        def on_step_end(self, *args, **kwargs):
-            if os.environ["RANK"] == "0":
-                seen.write_text(json.dumps(json.loads(seen.read_text()) | {"whole": whole}))
-            step_end(self, *args, **kwargs)
-
-        def on_train_begin(self, *args, **kwargs):
-            model = self.trainer.model_wrapped.module
-            at_rest = {
-                name: [p.numel(), p.ds_numel, p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-                for name, p in model.named_parameters()
-            }
-            fetched.clear()
-            begin(self, *args, **kwargs)  # runs forward passes
-            if os.environ["RANK"] == "0":
-                coordinator = self.trainer.model_wrapped.optimizer.parameter_offload.get_param_coordinator()
-                ahead = coordinator.fast_sharding_for_leaf_module
-                seen.write_text(json.dumps({"at_rest": at_rest, "fetched": fetched, "ahead": ahead}))
-
-        PartitionedParameterCoordinator.fetch_sub_module = counting_fetch
-        training.RunCallback.on_train_begin = on_train_begin
-        training.RunCallback.on_step_begin, training.RunCallback.on_step_end = on_step_begin, on_step_end
-
     config = json.loads((ROOT / "deepspeed" / "zero3.json").read_text())
     layer = 4 * 128 * 128 + 3 * 128 * 384  # elements of the tiny model's matrices
     config["zero_optimization"] |= {
         "stage3_prefetch_bucket_size": layer,
         "stage3_max_live_parameters": 3 * layer,
+        "stage3_max_reuse_distance": 2 * layer,
     }
-    config["zero_optimization"]["stage3_max_reuse_distance"] = 2 * layer
     (tmp_path / "zero.json").write_text(json.dumps(config))
-    flags = [
-        *quick,
-        "--max_steps",
-        "4",
-        "--deepspeed",
-        tmp_path / "zero.json",
-        "--output_dir",
-        tmp_path / "out",
-    ]
-    code, text = start(*flags, patch=observe).wait()
+    flags = ["--max_steps", 4, "--deepspeed", tmp_path / "zero.json", "--output_dir", tmp_path / "out"]
+    code, text = start(*quick, *flags, patch=lambda: observe_partitions(tmp_path / "seen.json")).wait()
     assert code == 0, text
-    result = json.loads(seen.read_text())
+    result = json.loads((tmp_path / "seen.json").read_text())
     assert result["ahead"]  # one stream
-    at_rest = result["at_rest"]
     # Embedding, head and last norm; base matrices and norms of a layer, LoRA A and B.
-    assert len(at_rest) == 3 + 4 * (7 + 2 + 7 * 2)
-    for name, (held, _, partitioned) in at_rest.items():
+    assert len(result["at_rest"]) == 3 + 4 * (7 + 2 + 7 * 2)
+    for name, (held, _, partitioned) in result["at_rest"].items():
         assert partitioned, name
         assert held == 0, name
     fetched = result["fetched"]
     forwards = fetched.count("LlamaForCausalLM")
     assert forwards >= 3  # self-test and evaluation
     assert fetched.count("LlamaDecoderLayer") == 4 * forwards
-    assert "LlamaMLP" not in fetched
-    assert "LlamaAttention" not in fetched
+    assert not {"LlamaMLP", "LlamaAttention"} & set(fetched)
     assert len(result["whole"]) == 4
     head = next(state[1] for name, state in result["at_rest"].items() if "lm_head" in name)
     for counts in result["whole"]:  # the first ones only record the order in which layers are needed
@@ -251,9 +227,9 @@ def test_ranks_share_the_cores(libraries, monkeypatch, tmp_path):
     def look() -> int:
         import torch
 
-        from lora_sft import training
+        from lora_sft.launch import share_cores
 
-        training.share_cores(4)
+        share_cores(4)
         print(torch.get_num_threads())
         return 0
 
@@ -268,7 +244,7 @@ def test_artefacts_follow_the_contract(two_ranks):
     assert {path.name for path in two_ranks.iterdir()} >= CONTRACT
     assert set(summary_of(two_ranks)) >= SUMMARY
     rows = rows_of(two_ranks)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows] == [1, 2, 3]
     for row in rows:
         assert set(row) >= METRICS
     summary, config = summary_of(two_ranks), json.loads((two_ranks / "run_config.json").read_text())
@@ -281,9 +257,8 @@ def test_artefacts_follow_the_contract(two_ranks):
         assert (two_ranks / picture).read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_rehearsal_learns(start, tiny_model, tmp_path, seed):
-    flags = ["--rehearse", "--model_name_or_path", tiny_model, "--seed", seed, "--max_steps", "20"]
+def test_rehearsal_learns(start, tiny_model, tmp_path):
+    flags = ["--rehearse", "--model_name_or_path", tiny_model, "--seed", 1, "--max_steps", 20]
     code, text = start(*flags, "--output_dir", tmp_path / "out").wait()
     assert code == 0, text
     summary = summary_of(tmp_path / "out")
@@ -292,7 +267,7 @@ def test_rehearsal_learns(start, tiny_model, tmp_path, seed):
 
 def test_learning_rate_zero_learns_nothing(start, quick, tmp_path):
     code, text = start(
-        *quick, "--max_steps", "2", "--learning_rate", "0", "--output_dir", tmp_path / "out"
+        *quick, "--max_steps", "1", "--learning_rate", "0", "--output_dir", tmp_path / "out"
     ).wait()
     assert code == 0, text
     summary = summary_of(tmp_path / "out")
@@ -307,34 +282,54 @@ def allow_fp16_on_cpu():
 
 
 @pytest.mark.parametrize(
-    ("flags", "diagnosis"),
+    ("flags", "scale_power", "scales", "diagnosis"),
     [
-        # The adapter's gradients are scaled with alpha / r: they overflow at every loss scale.
+        # The adapter's gradients are scaled with alpha / r: they overflow at every loss scale, down to the lowest.
         (
             ["--lora_alpha", "2000000000"],
+            1,
+            [2, 1, 1, 1],
             "the forward pass is finite, so gradients overflow (first: base_model.model.model.layers.",
         ),
         # The first update throws the adapter so far that the next forward overflows.
         (
             ["--learning_rate", "1e5"],
+            14,
+            [2**14, 2**14, 2**13, 2**12, 2**11],  # dynamic: the adapters really train in fp16
             "the forward pass is already non-finite (base_model.model.model.layers.0.",
         ),
     ],
 )
-def test_fp16_overflow_ends_with_a_diagnosis(start, quick, tmp_path, flags, diagnosis):
+def test_fp16_overflow_ends_with_a_diagnosis(start, quick, tmp_path, flags, scale_power, scales, diagnosis):
+    def give_up_early():
+        from lora_sft import watch
+
+        allow_fp16_on_cpu()
+        watch.MAX_SKIPPED_IN_A_ROW = 4
+
+    config = json.loads((ROOT / "deepspeed" / "zero3.json").read_text())
+    config["fp16"]["initial_scale_power"] = scale_power
+    (tmp_path / "zero.json").write_text(json.dumps(config))
     out = tmp_path / "out"
-    common = [*quick, "--dtype", "fp16", "--max_steps", "60", "--save_steps", "1", "--warmup_ratio", "0"]
-    code, text = start(*common, *flags, "--output_dir", out, patch=allow_fp16_on_cpu).wait()
+    common = [
+        "--dtype",
+        "fp16",
+        "--save_steps",
+        "1",
+        "--warmup_ratio",
+        "0",
+        "--deepspeed",
+        tmp_path / "zero.json",
+    ]
+    code, text = start(*quick, *common, *flags, "--output_dir", out, patch=give_up_early).wait()
     assert code == 2, text
-    assert "20 updates in a row were skipped for overflow" in text
+    assert "4 updates in a row were skipped for overflow" in text
     assert diagnosis in text
-    assert "loss scale already at minimum" not in text
     assert "last good checkpoint: none yet" in text  # the update before the first bad step may have done it
     assert len(list(out.glob("checkpoint-*"))) <= 1  # nothing is saved while updates are skipped
-    rows = rows_of(out)
-    assert sum(row["skipped_update"] for row in rows) >= 19
-    assert rows[0]["loss_scale"] >= 2**13  # dynamic from 2**14 on: the adapters really train in fp16
-    assert rows[-1]["loss_scale"] == 1.0
+    rows = rows_of(out)  # without the last step's: the run ends before it is logged
+    assert [row["loss_scale"] for row in rows] == scales[: len(rows)]
+    assert [row["skipped_update"] for row in rows][-3:] == [True] * 3
     assert text.count("error:") == 1  # both ranks raise, one line is printed
 
 
@@ -348,23 +343,15 @@ def test_divergence_outside_fp16_ends_the_run(start, quick, tmp_path):
     assert rows_of(tmp_path / "out")[-1]["step"] == 1
 
 
-def test_loss_scaler_attribute_exists():
-    """No JSON switch exists for it; if DeepSpeed renames it, runs would die at the minimum scale again."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-
-    scaler = DynamicLossScaler(2**4, 1000, 1, 1, False)
-    assert scaler.raise_error_at_min_scale is True
-
-
 def test_a_model_that_sees_other_documents_is_refused(start, quick, tmp_path):
     def break_packing():
-        from lora_sft import training
+        from lora_sft import watch
 
         def leaky(model, batch):
             ones = batch["input_ids"].new_ones(batch["input_ids"].shape)  # a mask switches the detection off
             return model(**{k: v for k, v in batch.items() if k != "labels"}, attention_mask=ones).logits
 
-        training.logits_of = leaky
+        watch.logits_of = leaky
 
     code, text = start(*quick, "--output_dir", tmp_path / "out", patch=break_packing).wait()
     assert code == 2
@@ -374,7 +361,8 @@ def test_a_model_that_sees_other_documents_is_refused(start, quick, tmp_path):
 def test_logits_of_answers_only_give_the_whole_loss(libraries, tiny_model, tokenizer, scratch):
     """The loss and the gradient of what is computed in training equal those of all logits; a micro-batch
     without any answer has the loss 0 and a backward pass all the same."""
-    from lora_sft import data, training
+    from lora_sft import data
+    from lora_sft.model import answers_only, to_device
 
     def compare() -> int:
         import torch
@@ -383,7 +371,7 @@ def test_logits_of_answers_only_give_the_whole_loss(libraries, tiny_model, token
         model = AutoModelForCausalLM.from_pretrained(tiny_model)
         rows = data.read_file(ROOT / "rehearsal" / "preferences.jsonl")[:12]
         packed = data.pack(data.tokenise(rows, tokenizer, 192)[0], 192, 0)
-        batch = training.to_device(packed, slice(0, 3), torch.device("cpu"))
+        batch = to_device(packed, slice(0, 3), torch.device("cpu"))
 
         def loss_and_gradient(labels, **more):
             model.zero_grad()
@@ -394,7 +382,7 @@ def test_logits_of_answers_only_give_the_whole_loss(libraries, tiny_model, token
         loss, gradient, logits = loss_and_gradient(batch["labels"])
         assert logits.shape[:2] == batch["labels"].shape
         for labels in (batch["labels"], torch.full_like(batch["labels"], data.IGNORE)):
-            with training.answers_only(model, labels) as shift_labels:
+            with answers_only(model, labels) as shift_labels:
                 found, its_gradient, logits = loss_and_gradient(labels, shift_labels=shift_labels)
             answers = int((labels[:, 1:] != data.IGNORE).sum())
             assert logits.shape[:2] == shift_labels.shape == (1, answers)
@@ -411,40 +399,10 @@ def test_logits_of_answers_only_give_the_whole_loss(libraries, tiny_model, token
     assert code == 0, text
 
 
-def test_remembered_parameters_are_the_modules_own(libraries, tiny_model, scratch):
-    from lora_sft import training
-    from lora_sft.arguments import Arguments
-    from lora_sft.lora import add_adapters
-
-    def compare() -> int:
-        from transformers import AutoModelForCausalLM
-
-        model = add_adapters(AutoModelForCausalLM.from_pretrained(tiny_model), Arguments())
-        layer = model.get_base_model().model.layers[1]
-        questions = ({}, {"recurse": False}, {"prefix": "x"}, {"prefix": "x", "remove_duplicate": False})
-
-        def answers() -> list:
-            found = [list(module.named_parameters(**q)) for module in (model, layer) for q in questions]
-            return [
-                [(name, id(p)) for name, p in each] for each in [*found, list(layer.named_parameters("", True))]
-            ]
-
-        before, state = answers(), list(model.state_dict())
-        training.remember_parameters(model)
-        assert "named_parameters" in vars(layer)
-        assert answers() == before
-        assert len(before[4]) == 9 + 14  # the layer's own, and A and B for 7 linear layers
-        assert [id(p) for p in layer.parameters()] == [key for _, key in before[4]]
-        assert list(model.state_dict()) == state
-        return 0
-
-    code, text = fork(compare, scratch / "remembered.txt").wait()
-    assert code == 0, text
-
-
 def test_packed_loss_equals_separate_documents(libraries, tiny_model, tokenizer, scratch):
     """Token-weighted loss of packed rows = that of every document alone."""
-    from lora_sft import data, training
+    from lora_sft import data
+    from lora_sft.train import evaluate
 
     def compare() -> int:
         import torch
@@ -457,9 +415,9 @@ def test_packed_loss_equals_separate_documents(libraries, tiny_model, tokenizer,
         alone = [data.pack([document], 192, 0) for document in documents]
         assert len(packed) < len(alone)
         device = torch.device("cpu")
-        losses = [training.evaluate(model, one, 1, device) * (one.labels[:, 1:] != -100).sum() for one in alone]
+        losses = [evaluate(model, one, 1, device) * (one.labels[:, 1:] != -100).sum() for one in alone]
         counts = sum((one.labels[:, 1:] != -100).sum() for one in alone)
-        assert abs(training.evaluate(model, packed, 2, device) - sum(losses) / counts) < 1e-5
+        assert abs(evaluate(model, packed, 2, device) - sum(losses) / counts) < 1e-5
         return 0
 
     code, text = fork(compare, scratch / "packed.txt").wait()

@@ -1,4 +1,4 @@
-"""What both programs share: errors for users, flags, files that survive a kill, questions about the machine."""
+"""What both programs share: errors for users, flags, durable files, processes, the machine, models on the hub."""
 
 
 class UserError(Exception):

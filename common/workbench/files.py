@@ -1,4 +1,4 @@
-"""Files that survive a kill, one run per folder, and recognising a full disk."""
+"""Files that survive a kill, one run per folder, rows of JSON, and recognising a full disk."""
 
 import errno
 import fcntl
@@ -16,6 +16,38 @@ from . import UserError
 CLAIM_TIMEOUT_S = 5.0  # the processes of a run that was just killed may need a moment to disappear
 
 
+def read_rows(path: Path, flag: str) -> list[tuple[int, object]]:
+    """(number, row) of a JSON array (rows counted from 1) or of JSONL (lines). Raises UserError, which names the
+    file that `flag` gave, and the place."""
+    text = read_text(path, flag)
+    if text.lstrip().startswith("["):
+        rows = list(enumerate(_parse(text, 1, path, flag), 1))
+    else:  # not splitlines(): JSON may hold U+2028 and the like as they are
+        lines = enumerate(text.split("\n"), 1)
+        rows = [(number, _parse(line, number, path, flag)) for number, line in lines if line.strip()]
+    if not rows:
+        raise UserError(f"{flag} {path}: no rows in it")
+    return rows
+
+
+def read_text(path: Path, flag: str) -> str:
+    """UTF-8, with or without a byte order mark. Raises UserError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror})") from error
+
+
+def _parse(text: str, line: int, path: Path, flag: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {line + error.lineno - 1}, column {error.colno}"
+        raise UserError(f"{flag} {path}, {where}: not valid JSON ({error.msg})") from error
+
+
 def to_json(value: object) -> object:
     """Replaces NaN and infinities by null, recursively: the files stay valid JSON."""
     if isinstance(value, dict):
@@ -26,11 +58,15 @@ def to_json(value: object) -> object:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes sorted JSON to a neighbour file and renames it: readers see the old file or the new one."""
+    """Sorted JSON, written as `write_text` does."""
+    write_text(path, json.dumps(to_json(value), indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a neighbour file and renames it: readers see the old file or the new one, on disk."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as out:
-        json.dump(to_json(value), out, indent=2, sort_keys=True, allow_nan=False)
-        out.write("\n")
+    with temporary.open("w", encoding="utf-8") as out:
+        out.write(text)
         out.flush()
         os.fsync(out.fileno())
     temporary.replace(path)
@@ -70,6 +106,27 @@ def check_identity(where: str, stored: dict, here: dict, cure: str) -> None:
     ]
     if different:
         raise UserError(f"{where} holds another run ({'; '.join(different)}); {cure}")
+
+
+def check_room(folder: Path, flag: str, needed_bytes: int, at_once_bytes: int, cure: str) -> str:
+    """Free space against what a run needs in all. What it writes `at_once` is allocated for a moment, because a
+    quota does not show as free space. Returns what was found; raises UserError with the cure."""
+    probe, needed = folder / ".disk_probe", shown_bytes(needed_bytes)
+    try:
+        with probe.open("wb") as out:
+            os.posix_fallocate(out.fileno(), 0, max(1, at_once_bytes))
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: {needed} needed ({error.strerror}); {cure}") from error
+    finally:
+        probe.unlink(missing_ok=True)
+    if free < needed_bytes:
+        raise UserError(f"{flag} {folder}: {shown_bytes(free)} free, {needed} needed; {cure}")
+    return f"{shown_bytes(free)} free in {folder}, {needed} needed"
+
+
+def shown_bytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def disk_full(error: BaseException, folder: Path) -> bool:

@@ -1,21 +1,25 @@
-"""Command lines: every mistake is one line that names the flag."""
+"""Command lines from frozen dataclasses: a flag for each field, every mistake one line that names the flag."""
 
 import argparse
+import dataclasses
 import difflib
-from dataclasses import fields
+from pathlib import Path
 
 from . import UserError
 
 
-def read_flags(
-    argv: list[str], arguments: type, texts: dict[str, str], changed: dict[str, str], **parser_options
-) -> dict:
-    """The flags that were given, by name. There is one for each field of the dataclass `arguments`, with its
-    help from `texts`; `changed` maps the starter's flags to what to use now. Raises UserError with one line;
-    -h exits 0."""
+def flag(default: object, text: str):
+    """A field of a dataclass of flags: its default and its help."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def read_flags(argv: list[str], flags: type, changed: dict[str, str] | None = None, **parser_options) -> dict:
+    """The flags that were given, by name; there is one for each field of the dataclass `flags`. `changed` maps
+    the starter's flags to what to use now. Raises UserError with one line; -h exits 0."""
     parser = Parser(allow_abbrev=False, **parser_options)
-    for entry in fields(arguments):
-        options = {"help": f"{texts[entry.name]} (default: {entry.default})", "default": None}
+    for entry in dataclasses.fields(flags):
+        text = f"{entry.metadata.get('help', '')} (default: {entry.default})"
+        options = {"help": text.replace("%", "%%"), "default": None}
         if entry.type is bool:
             options |= {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
         else:
@@ -23,8 +27,9 @@ def read_flags(
         parser.add_argument(f"--{entry.name}", **options)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(unknown_flag(unknown[0], [entry.name for entry in fields(arguments)], changed))
-    return {key: value for key, value in vars(known).items() if value is not None}
+        names = [entry.name for entry in dataclasses.fields(flags)]
+        raise UserError(unknown_flag(unknown[0], names, changed or {}))
+    return {name: value for name, value in vars(known).items() if value is not None}
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +46,7 @@ def boolean(text: str) -> bool:
 
 
 def unknown_flag(word: str, names: list[str], changed: dict[str, str]) -> str:
-    """The message for a flag that does not exist; `changed` maps the starter's flags to what to use now."""
+    """The message for a flag that does not exist."""
     name = word.lstrip("-").split("=")[0]
     if name in changed:
         return f"--{name} was the starter's; use {changed[name]}"
@@ -49,3 +54,13 @@ def unknown_flag(word: str, names: list[str], changed: dict[str, str]) -> str:
     if word.startswith("-"):
         near = difflib.get_close_matches(name.replace("-", "_"), names, n=1, cutoff=0.5)
     return f"unknown argument {word}" + (f"; did you mean --{near[0]}?" if near else "; -h lists all flags")
+
+
+def path_or_hub_id(name: str, value: str, suffixes: tuple[str, ...] = ()) -> str:
+    """`value` of the flag `name`: an absolute path if it exists, else a hub id ("name" or "owner/name"). Raises
+    UserError for what looks like a path, or ends in one of `suffixes`, and is not there."""
+    if Path(value).exists():
+        return str(Path(value).absolute())
+    if value.startswith(("/", ".", "~")) or value.count("/") > 1 or value.endswith(suffixes):
+        raise UserError(f"--{name} {value}: no such file or folder")
+    return value

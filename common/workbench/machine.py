@@ -1,18 +1,15 @@
-"""What both programs ask about the machine, the hub and the installation, each failure with its cure."""
+"""What both programs ask about the machine and the installation, each failure with its cure."""
 
 import importlib.metadata
-import json
 import os
 import re
-import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import UserError
-from .files import disk_full
 
 GIB = 2**30
-MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja"]
 DRIVER_NEEDED = {13: 580, 12: 525}  # CUDA major version of the wheel -> NVIDIA driver branch
 
 
@@ -26,19 +23,24 @@ class Table:
         print(f"  {verdict:4}  {name:14}  {text}", flush=True)
 
     def check(self, name: str, function: Callable[[], str | None]) -> bool:
-        """Runs one check. It returns what it found (None: nothing to say, no row) or raises UserError."""
+        """Runs one check. It returns what to print (None: nothing to say, no row) or raises UserError."""
+        return self.find(name, lambda: (True, function())) or False
+
+    def find(self, name: str, function: Callable[[], tuple[object, str | None]]):
+        """What one check found, the first of what `function` returns; the second is printed as by `check`. None
+        if it raised UserError."""
         try:
-            found = function()
+            found, text = function()
         except UserError as error:
             self.row("FAIL", name, str(error))
             self.first_failure = self.first_failure or str(error)
-            return False
-        if found is not None:
-            verdict, _, text = (
-                found.partition(":") if found.startswith(("WARN:", "SKIP:")) else ("PASS", "", found)
+            return None
+        if text is not None:
+            verdict, _, rest = (
+                text.partition(":") if text.startswith(("WARN:", "SKIP:")) else ("PASS", "", text)
             )
-            self.row(verdict, name, text.strip())
-        return True
+            self.row(verdict, name, rest.strip())
+        return found
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:
@@ -63,11 +65,13 @@ def driver_version() -> str | None:
     return "unknown" if Path("/dev/nvidiactl").exists() else None
 
 
-def explain_no_cuda(driver: str | None, wheel_cuda: str | None, torch_version: str, older_driver: str) -> str:
-    """One line for `torch.cuda.is_available() == False`: what was found, what is needed, the cure.
-    `older_driver` is the program's way out for a driver that this wheel cannot use."""
+def explain_no_cuda(
+    driver: str | None, wheel_cuda: str | None, torch_version: str, older_driver: str, gpus: int
+) -> str:
+    """One line for `torch.cuda.is_available() == False`: what was found, what is needed, the cure. The program
+    wants so many `gpus`; `older_driver` is its way out for a driver that this wheel cannot use."""
     if driver is None:
-        return "no NVIDIA GPU here; ask for one (srun --gres=gpu:2 ...), or try the CPU rehearsal: --rehearse"
+        return f"no NVIDIA GPU here; ask for one (srun --gres=gpu:{gpus} ...), or try the CPU rehearsal: --rehearse"
     if wheel_cuda is None:
         return (
             f"an NVIDIA driver {driver} is here, but torch {torch_version} is a CPU build; run `make install`"
@@ -98,116 +102,58 @@ def has_kernels(capability: tuple[int, int], arch_list: list[str]) -> bool:
     return False
 
 
-# --- models ----------------------------------------------------------------------------------------------
+# Dense fp16 FLOPs per multiprocessor and clock, by compute capability (NVIDIA's white papers).
+TENSOR_FLOPS = {
+    (7, 0): 1024,
+    (7, 5): 1024,
+    (8, 0): 2048,
+    (8, 6): 1024,
+    (8, 9): 1024,
+    (9, 0): 4096,
+    (10, 0): 8192,
+}
 
 
-def cached_model(name: str, revision: str | None = None) -> Path | None:
-    """The snapshot folder of a hub model if config, tokenizer and every weight file are there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+@dataclass(frozen=True)
+class Gpu:
+    """A visible GPU, with its peak rates from clocks and widths (0 where they are unknown)."""
 
+    name: str
+    memory_gib: float
+    free_gib: float
+    capability: tuple[int, int]
+    bandwidth: float  # bytes/s
+    flops: float  # dense fp16 tensor FLOP/s
+
+
+def visible_gpus(older_driver: str, gpus: int) -> tuple[Gpu, ...]:
+    """The GPUs that torch sees. Initialises CUDA: call it in a child process. `older_driver` and `gpus` are those of
+    `explain_no_cuda`. Raises UserError."""
+    import torch
+
+    def explain() -> str:
+        return explain_no_cuda(driver_version(), torch.version.cuda, torch.__version__, older_driver, gpus)
+
+    if not torch.cuda.is_available():
+        raise UserError(explain())
     try:
-        folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES, local_files_only=True)
-        )
-    except LocalEntryNotFoundError:
-        return None
-    try:
-        check_model_folder(folder)
-    except UserError:
-        return None
-    return folder
-
-
-def check_model_folder(folder: Path, weights: bool = True) -> None:
-    """Raises UserError if a file that loading needs is missing; `weights=False` leaves those out."""
-    for names in (("config.json",), ("tokenizer.json", "tokenizer.model")):
-        if not any((folder / name).exists() for name in names):
-            raise UserError(f"{folder}: no {' or '.join(names)}; is this a model in Hugging Face format?")
-    if not weights:
-        return
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-        missing = sorted(shard for shard in shards if not (folder / shard).exists())
-        if missing:
-            raise UserError(
-                f"{folder}: {len(missing)} of {len(shards)} weight files missing, e.g. {missing[0]}"
+        torch.cuda.init()  # what is counted above is what the driver lists, not what this wheel can use
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(explain()) from error
+    found = []
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        rate = {name: getattr(gpu, name, 0) for name in ("clock_rate", "memory_clock_rate", "memory_bus_width")}
+        capability = (gpu.major, gpu.minor)
+        per_clock = gpu.multi_processor_count * TENSOR_FLOPS.get(capability, 0)
+        found.append(
+            Gpu(
+                name=gpu.name,
+                memory_gib=gpu.total_memory / GIB,
+                free_gib=torch.cuda.mem_get_info(index)[0] / GIB,
+                capability=capability,
+                bandwidth=2 * rate["memory_clock_rate"] * 1e3 * rate["memory_bus_width"] / 8,  # two a clock
+                flops=rate["clock_rate"] * 1e3 * per_clock,
             )
-    elif not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder}: no weights (*.safetensors) in it; convert or download them again")
-
-
-def explain_hub_error(name: str, kind: str, error: Exception, flag: str, program: str) -> str:
-    """One line with the cure for what huggingface_hub raised about the `kind` ('model', 'dataset') `name`,
-    which was given by `flag` of the command `program`."""
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    text = str(error)
-    if isinstance(error, GatedRepoError):  # a subclass of RepositoryNotFoundError: look at it first
-        if get_token() is None:
-            return f"{name} is gated and there is no token; ask for access on its page, then `hf auth login`"
-        if "awaiting" in text or "pending" in text:
-            return f"{name}: your request for access is pending; wait for the mail, or use another {flag}"
-        return f"{name}: your token has no access; ask for it on the model's page with the same account"
-    if isinstance(error, RepositoryNotFoundError):
-        return f"{flag} {name}: neither a file here nor a {kind} on the hub (private ones need `hf auth login`)"
-    return (
-        f"{name} is not complete in the cache and the hub cannot be reached ({type(error).__name__}); on a node with "
-        f"internet run: {program} --download_only"
-    )
-
-
-def find_model(name: str, flag: str, program: str, weights: bool = True) -> tuple[Path, str | None, str]:
-    """(folder, revision on the hub or None, what was found) of a local folder, a cached or a fetched model.
-    Raises UserError with the cure."""
-    if Path(name).is_dir():
-        check_model_folder(Path(name), weights)
-        return Path(name), None, f"{name} (local folder)"
-    if Path(name).exists():
-        raise UserError(f"{flag} {name}: is a file; give the model's folder or a hub id")
-    folder = cached_model(name)
-    found = "complete in the cache"
-    if folder is None:
-        from huggingface_hub import HfApi, snapshot_download
-
-        try:
-            HfApi().auth_check(name)
-            check_download_space(name)
-            print(f"        fetching {name} (once)", flush=True)
-            folder = Path(snapshot_download(name, allow_patterns=MODEL_FILES, max_workers=4))
-        except UserError:
-            raise
-        except Exception as error:
-            if disk_full(error, Path.home()):
-                raise UserError(
-                    f"{hub_cache()}: disk or quota full while fetching {name}; set LLM_STORAGE"
-                ) from error
-            raise UserError(explain_hub_error(name, "model", error, flag, program)) from error
-        check_model_folder(folder)
-        found = "fetched"
-    return folder, folder.name, f"{name} at {folder.name[:12]}, {found}"
-
-
-def hub_cache() -> Path:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE)
-
-
-def check_download_space(name: str) -> None:
-    from huggingface_hub import HfApi
-
-    siblings = HfApi().model_info(name, files_metadata=True).siblings or []
-    size = sum(file.size or 0 for file in siblings if file.rfilename.endswith(".safetensors"))
-    cache = hub_cache()
-    blobs = cache / f"models--{name.replace('/', '--')}" / "blobs"
-    size -= sum(path.stat().st_size for path in blobs.glob("*"))  # what an interrupted download has left
-    cache.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache).free
-    if free < size:
-        raise UserError(
-            f"{cache}: {free / GIB:.1f} GiB free, {name} needs {size / GIB:.1f}; "
-            "set LLM_STORAGE to a larger disk"
         )
+    return tuple(found)

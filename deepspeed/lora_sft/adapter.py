@@ -1,5 +1,6 @@
 """Is the saved adapter the one that was trained? Checked against the live, partitioned tensors."""
 
+import logging
 from pathlib import Path
 
 import deepspeed
@@ -7,12 +8,24 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from .run_folder import ADAPTER
+
+log = logging.getLogger("lora_sft")
 
 
 class AdapterError(RuntimeError):
     """The saved adapter is not what was trained: a bug, not the user's fault."""
+
+
+def check_saved(trainer: Trainer, folder: Path, batch: dict[str, torch.Tensor]) -> None:
+    """`check` of what `trainer` has just saved. Collective."""
+    dist.barrier()  # rank 0 writes, every rank reads
+    log.debug("adapter saved")
+    # The first step of a warm-up has learning rate 0.
+    learning = any(entry.get("learning_rate", 0) > 0 for entry in trainer.state.log_history)
+    log.info("adapter checked: %s", check(trainer.model_wrapped, folder, batch, learning))
 
 
 def gathered(engine) -> dict[str, torch.Tensor]:

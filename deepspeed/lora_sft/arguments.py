@@ -4,12 +4,12 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from workbench.flags import read_flags
-
-from . import UserError
+from workbench import UserError
+from workbench.files import read_text
+from workbench.flags import flag, path_or_hub_id, read_flags
 
 FOLDER = Path(__file__).resolve().parent.parent  # deepspeed/
 REHEARSAL = FOLDER.parent / "rehearsal"
@@ -54,47 +54,62 @@ REHEARSAL_DEFAULTS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Arguments:
     """One run. Defaults are the assignment's: Llama-2-7B, rm-static, two 16 GB GPUs."""
 
-    model_name_or_path: str = "meta-llama/Llama-2-7b-hf"
-    data_path: str = "Dahoas/rm-static"
-    output_dir: str = str(FOLDER / "output_llama2_7b_lora")
-    deepspeed: str = str(FOLDER / "zero3.json")
-    max_train_rows: int = 8000
-    max_eval_rows: int = 500
+    model_name_or_path: str = flag("meta-llama/Llama-2-7b-hf", "hub id or local folder of the base model")
+    data_path: str = flag(
+        "Dahoas/rm-static", "hub data set, or a JSON/JSONL file of rows with 'prompt' and 'chosen'"
+    )
+    output_dir: str = flag(
+        str(FOLDER / "output_llama2_7b_lora"),
+        "adapter, metrics, plots and checkpoints; the same command resumes from there",
+    )
+    deepspeed: str = flag(str(FOLDER / "zero3.json"), "ZeRO configuration (JSON) without batch sizes")
+    max_train_rows: int = flag(8000, "training rows after a seeded shuffle; -1: all")
+    max_eval_rows: int = flag(500, "evaluation rows; -1: all")
     # Problem 1a: choose LoRA's rank, scale (alpha / r), dropout and the modules that get adapters, and what a
     # forward pass may hold: tokens of a micro-batch (a multiple of --max_seq_len), and whether activations are
     # recomputed. The test of 1a, 1b and 1c predicts the peak of two 16 GB GPUs, part by part (on the cluster
     # `--preflight_only` does).
-    lora_r: int = 16
-    lora_alpha: int = 32
-    lora_dropout: float = 0.05
-    lora_target_modules: str = "all-linear"
-    tokens_per_micro_batch: int = 8192
-    gradient_checkpointing: bool = True
+    lora_r: int = flag(16, "rank of the adapters")
+    lora_alpha: int = flag(32, "adapter output is scaled by alpha / r")
+    lora_dropout: float = flag(0.05, "on the adapter's input")
+    lora_target_modules: str = flag(
+        "all-linear", "'all-linear' or names separated by commas, e.g. q_proj,v_proj"
+    )
+    tokens_per_micro_batch: int = flag(8192, "per GPU and forward pass; a multiple of --max_seq_len")
+    gradient_checkpointing: bool = flag(
+        True, "recompute activations in backward: less memory, a third more compute"
+    )
     # End of problem 1a
-    max_seq_len: int = 1024
-    gradient_accumulation_steps: int = 1
-    num_train_epochs: float = 1.0
-    max_steps: int = -1
-    learning_rate: float = 2e-4
-    warmup_ratio: float = 0.03
-    lr_scheduler_type: str = "cosine"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    dtype: str = "auto"
-    device: str = "cuda"
-    num_gpus: int = 0
-    seed: int = 42
-    save_steps: int = 50
-    save_total_limit: int = 2
-    report_to: str = "none"
-    rehearse: bool = False
-    overwrite: bool = False
-    preflight_only: bool = False
-    download_only: bool = False
+    max_seq_len: int = flag(1024, "tokens of a packed row; a longer prompt is cut from the left")
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
+    num_train_epochs: float = flag(1.0, "passes over the training rows")
+    max_steps: int = flag(-1, "stop after so many optimizer steps; -1: by epochs")
+    learning_rate: float = flag(2e-4, "peak learning rate of the adapters")
+    warmup_ratio: float = flag(0.03, "share of steps with rising learning rate")
+    lr_scheduler_type: str = flag(
+        "cosine", "a transformers schedule: cosine, linear, constant_with_warmup, ..."
+    )
+    weight_decay: float = flag(0.0, "AdamW's")
+    max_grad_norm: float = flag(1.0, "gradient clipping")
+    dtype: str = flag(
+        "auto", "auto, fp16, bf16 or fp32; auto: bf16 from compute capability 8.0, fp16 below, fp32 on CPU"
+    )
+    device: str = flag("cuda", "cuda or cpu; the CPU is never chosen silently")
+    num_gpus: int = flag(0, "ranks to start; 0: every GPU in CUDA_VISIBLE_DEVICES (2 ranks on the CPU)")
+    seed: int = flag(42, "shuffle, adapter initialisation, dropout")
+    save_steps: int = flag(50, "optimizer steps between checkpoints")
+    save_total_limit: int = flag(2, "complete checkpoints to keep")
+    report_to: str = flag("none", "none, tensorboard, wandb, ... (as in transformers)")
+    rehearse: bool = flag(
+        False, "tiny model and shipped data on 2 CPU ranks, everything else as in the real job"
+    )
+    overwrite: bool = flag(False, "start anew in an --output_dir that holds a run")
+    preflight_only: bool = flag(False, "print the PASS/FAIL table and stop; needs no GPU")
+    download_only: bool = flag(False, "fetch model and data into HF_HOME and stop (for login nodes)")
 
     @property
     def rows_per_micro_batch(self) -> int:
@@ -116,84 +131,32 @@ class Arguments:
         return same | {"deepspeed": f"sha256 {zero_sha256[:12]}"}
 
 
-HELP = {
-    "model_name_or_path": "hub id or local folder of the base model",
-    "data_path": "hub data set, or a JSON/JSONL file of rows with 'prompt' and 'chosen'",
-    "output_dir": "adapter, metrics, plots and checkpoints; the same command resumes from there",
-    "deepspeed": "ZeRO configuration (JSON) without batch sizes",
-    "max_train_rows": "training rows after a seeded shuffle; -1: all",
-    "max_eval_rows": "evaluation rows; -1: all",
-    "max_seq_len": "tokens of a packed row; a longer prompt is cut from the left",
-    "tokens_per_micro_batch": "per GPU and forward pass; a multiple of --max_seq_len",
-    "gradient_accumulation_steps": "micro-batches per optimizer step",
-    "num_train_epochs": "passes over the training rows",
-    "max_steps": "stop after so many optimizer steps; -1: by epochs",
-    "lora_r": "rank of the adapters",
-    "lora_alpha": "adapter output is scaled by alpha / r",
-    "lora_dropout": "on the adapter's input",
-    "lora_target_modules": "'all-linear' or names separated by commas, e.g. q_proj,v_proj",
-    "learning_rate": "peak learning rate of the adapters",
-    "warmup_ratio": "share of steps with rising learning rate",
-    "lr_scheduler_type": "a transformers schedule: cosine, linear, constant_with_warmup, ...",
-    "weight_decay": "AdamW's",
-    "max_grad_norm": "gradient clipping",
-    "gradient_checkpointing": "recompute activations in backward: less memory, a third more compute",
-    "dtype": "auto, fp16, bf16 or fp32; auto: bf16 from compute capability 8.0, fp16 below, fp32 on CPU",
-    "device": "cuda or cpu; the CPU is never chosen silently",
-    "num_gpus": "ranks to start; 0: every GPU in CUDA_VISIBLE_DEVICES (2 ranks on the CPU)",
-    "seed": "shuffle, adapter initialisation, dropout",
-    "save_steps": "optimizer steps between checkpoints",
-    "save_total_limit": "complete checkpoints to keep",
-    "report_to": "none, tensorboard, wandb, ... (as in transformers)",
-    "rehearse": "tiny model and shipped data on 2 CPU ranks, everything else as in the real job",
-    "overwrite": "start anew in an --output_dir that holds a run",
-    "preflight_only": "print the PASS/FAIL table and stop; needs no GPU",
-    "download_only": "fetch model and data into HF_HOME and stop (for login nodes)",
-}
-
-
 def parse(argv: list[str]) -> Arguments:
     """Reads flags. Paths are relative to the caller's folder. Raises UserError with one line; -h exits 0."""
-    given = read_flags(
-        argv,
-        Arguments,
-        HELP,
-        CHANGED_FLAGS,
-        prog="run_llama2_7b_lora.sh",
-        description="Fine-tunes Llama-2-7B with LoRA under DeepSpeed ZeRO-3.",
-    )
+    description = "Fine-tunes Llama-2-7B with LoRA under DeepSpeed ZeRO-3."
+    program = "run_llama2_7b_lora.sh"
+    given = read_flags(argv, Arguments, CHANGED_FLAGS, prog=program, description=description)
+    named_model = "model_name_or_path" in given
     if given.get("rehearse"):
-        given = REHEARSAL_DEFAULTS | given
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        given.setdefault("output_dir", str(REHEARSAL / "runs" / stamp))
+        output_dir = str(REHEARSAL / "runs" / time.strftime("%Y%m%d-%H%M%S"))
+        given = REHEARSAL_DEFAULTS | {"output_dir": output_dir} | given
     args = Arguments(**given)
-    _check(args)
-    if args.rehearse and "model_name_or_path" not in given:
-        args.model_name_or_path = str(Path(args.output_dir) / TINY_MODEL)
+    args = replace(
+        args,
+        output_dir=str(Path(args.output_dir).absolute()),
+        deepspeed=str(Path(args.deepspeed).absolute()),
+        model_name_or_path=path_or_hub_id("model_name_or_path", args.model_name_or_path),
+        data_path=path_or_hub_id("data_path", args.data_path, (".json", ".jsonl")),
+    )
+    _check_ranges(args)
+    if args.rehearse and not named_model:
+        args = replace(args, model_name_or_path=str(Path(args.output_dir) / TINY_MODEL))
     return args
 
 
-def _check(args: Arguments) -> None:
-    """Range checks of single flags, and paths made absolute."""
-    args.output_dir = str(Path(args.output_dir).absolute())
-    args.deepspeed = str(Path(args.deepspeed).absolute())
-    for name in ("model_name_or_path", "data_path"):
-        value = getattr(args, name)
-        # A hub id is "name" or "owner/name"; whatever exists on disk or looks like a path is a path.
-        if Path(value).exists():
-            setattr(args, name, str(Path(value).absolute()))
-        elif value.startswith(("/", ".", "~")) or value.count("/") > 1 or value.endswith((".json", ".jsonl")):
-            raise UserError(f"--{name} {value}: no such file or folder")
-    for name in (
-        "max_seq_len",
-        "tokens_per_micro_batch",
-        "gradient_accumulation_steps",
-        "lora_r",
-        "lora_alpha",
-    ):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("save_steps", "save_total_limit"):
+def _check_ranges(args: Arguments) -> None:
+    for name in ("max_seq_len", "tokens_per_micro_batch", "gradient_accumulation_steps", "lora_r", "lora_alpha",
+                 "save_steps", "save_total_limit"):  # fmt: skip
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.max_seq_len < 16:
@@ -211,11 +174,13 @@ def _check(args: Arguments) -> None:
             raise UserError(f"--{name} {value}: must not be negative")
     if not 0 <= args.lora_dropout < 1 or not 0 <= args.warmup_ratio < 1:
         raise UserError("--lora_dropout and --warmup_ratio: must be in [0, 1)")
-    if args.dtype not in ("auto", "fp16", "bf16", "fp32"):
-        raise UserError(f"--dtype {args.dtype}: choose auto, fp16, bf16 or fp32")
-    if args.device not in ("cuda", "cpu"):
-        raise UserError(f"--device {args.device}: choose cuda or cpu")
+    for name, choices in (("dtype", ("auto", "fp16", "bf16", "fp32")), ("device", ("cuda", "cpu"))):
+        if getattr(args, name) not in choices:
+            *others, last = choices
+            raise UserError(f"--{name} {getattr(args, name)}: choose {', '.join(others)} or {last}")
 
+
+# --- the ZeRO configuration ---------------------------------------------------------------------------
 
 # Trainer fills these from the flags; in the file they could only contradict them.
 FILLED_BY_TRAINER = {
@@ -230,42 +195,42 @@ FILLED_BY_TRAINER = {
 
 def read_zero_config(path: str) -> dict:
     """The ZeRO JSON as a dict, with what Trainer fills in set to "auto". Raises UserError."""
+    text = read_text(Path(path), "--deepspeed")
     try:
-        text = Path(path).read_text()
         config = json.loads(text)
-    except OSError as error:
-        raise UserError(f"--deepspeed {path}: cannot be read ({error.strerror})") from error
     except json.JSONDecodeError as error:
         raise UserError(
             f"--deepspeed {path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})"
         ) from error
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed {path}: expected a JSON object")
-    for key, flag in FILLED_BY_TRAINER.items():
+    for key, name in FILLED_BY_TRAINER.items():
         if key in config:
-            raise UserError(f"--deepspeed {path}: remove '{key}'; it is set by {flag}")
+            raise UserError(f"--deepspeed {path}: remove '{key}'; it is set by {name}")
     for section in ("zero_optimization", "fp16", "bf16"):
         if not isinstance(config.get(section, {}), dict):
             raise UserError(f"--deepspeed {path}: {section} must be a JSON object")
         for key, value in config.get(section, {}).items():
-            where = f"--deepspeed {path}, line {text[: text.find(json.dumps(key))].count(chr(10)) + 1}"
-            if isinstance(value, str) and value.startswith("TODO"):
-                problem, _, hint = value.partition(": ")
-                raise UserError(f"{problem} ({where}): {key}: {hint}")
-            if isinstance(value, str) and value != "auto":
-                raise UserError(f"{where}: {key} must not be text, but is {value!r}")
-            elements = key.endswith(("_size", "_threshold", "_parameters", "_distance")) and value != "auto"
-            if elements and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-                raise UserError(f"{where}: {key} must be a number of elements, but is {value!r}")
-            if key == "overlap_comm" and not isinstance(value, bool):
-                raise UserError(f"{where}: overlap_comm must be true or false, but is {json.dumps(value)}")
-            if key == "leaf_module" and not (
-                isinstance(value, dict)
-                and isinstance(value.get("classes"), list)
-                and all(isinstance(name, str) for name in value["classes"])
-            ):
-                raise UserError(f'{where}: leaf_module must be {{"classes": [names of classes]}}')
+            line = text[: text.find(json.dumps(key))].count("\n") + 1
+            _check_zero_value(f"--deepspeed {path}, line {line}", key, value)
     if config.get("zero_optimization", {}).get("stage") != 3:
         raise UserError(f"--deepspeed {path}: zero_optimization.stage must be 3 (the base model is sharded)")
     batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     return config | dict.fromkeys((*batch, "gradient_clipping"), "auto")
+
+
+def _check_zero_value(where: str, key: str, value: object) -> None:
+    if isinstance(value, str) and value.startswith("TODO"):
+        problem, _, hint = value.partition(": ")
+        raise UserError(f"{problem} ({where}): {key}: {hint}")
+    if isinstance(value, str) and value != "auto":
+        raise UserError(f"{where}: {key} must not be text, but is {value!r}")
+    elements = key.endswith(("_size", "_threshold", "_parameters", "_distance")) and value != "auto"
+    if elements and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+        raise UserError(f"{where}: {key} must be a number of elements, but is {value!r}")
+    if key == "overlap_comm" and not isinstance(value, bool):
+        raise UserError(f"{where}: overlap_comm must be true or false, but is {json.dumps(value)}")
+    if key == "leaf_module":
+        names = value.get("classes") if isinstance(value, dict) else None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f'{where}: leaf_module must be {{"classes": [names of classes]}}')

@@ -9,19 +9,20 @@ give other ids than the served ones.)
 
 Several documents share a row (best-fit packing). They cannot see each other: `position_ids` restart at 0
 per document and no `attention_mask` is passed, from which transformers builds a block-diagonal mask, but
-only with `use_cache=False`. `training.packing_self_test` checks that at start-up.
+only with `use_cache=False`. `watch.packing_self_test` checks that at start-up.
 """
 
 import bisect
 import hashlib
 import json
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from . import UserError
+from workbench import UserError
+from workbench.files import read_rows
 
 IGNORE = -100  # label of a position without loss
 
@@ -36,7 +37,7 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Document:
     """Token ids of one conversation; the loss starts at position `answer_start`."""
 
@@ -57,7 +58,7 @@ class TextCounts:
     skipped_special_token_text: int = 0  # the text contains "<s>", "</s>" or "<unk>" literally
 
 
-@dataclass
+@dataclass(frozen=True)
 class Packed:
     """Rows of equal length for the model. All arrays are int32 of shape [rows, max_seq_len].
 
@@ -133,27 +134,10 @@ def check_row(row: object, where: str) -> dict[str, str]:
 
 
 def read_file(path: Path) -> list[dict[str, str]]:
-    """Reads a JSON array or JSONL file of rows. Raises UserError with file and row (counted from 1)."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data_path {path}: cannot be read ({error})") from error
-    if text.lstrip().startswith("["):
-        try:
-            items = [(row, f"{path}, row {i}") for i, row in enumerate(json.loads(text), 1)]
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
-    else:
-        items = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    items.append((json.loads(line), f"{path}, row {number}"))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, row {number}: not valid JSON ({error.msg})") from error
-    if not items:
-        raise UserError(f"--data_path {path}: no rows in it")
-    return [check_row(row, where) for row, where in items]
+    """Rows of a JSON array or JSONL file. Raises UserError with the file and the row or line (counted from 1)."""
+    return [
+        check_row(row, f"--data_path {path}, row {number}") for number, row in read_rows(path, "--data_path")
+    ]
 
 
 def read_hub(name: str, local_files_only: bool) -> tuple[list[dict], list[dict], str]:
@@ -329,5 +313,4 @@ def prepare(rows: list[dict], tokenizer, max_seq_len: int, row_multiple: int, wh
     if not documents:
         raise UserError(f"none of the {len(rows)} {what} rows can be used: {asdict(counts)}")
     packed = pack(documents, max_seq_len, tokenizer.pad_token_id, row_multiple)
-    packed.counts = counts
-    return packed
+    return replace(packed, counts=counts)

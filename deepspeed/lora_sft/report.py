@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING
 
 from workbench.files import write_json
 
-from .arguments import FOLDER
-from .run_folder import EVAL_BEFORE, METRICS, SUMMARY
+from .arguments import FOLDER, Arguments
+from .run_folder import ADAPTER, EVAL_BEFORE, METRICS, SUMMARY
 
-if TYPE_CHECKING:  # graders read summaries without it
+if TYPE_CHECKING:  # graders read summaries without them
     import torch
 
+    from .preflight import Plan
+
 log = logging.getLogger("lora_sft")
+
+WARM_UP_STEPS = 3  # of every start: DeepSpeed records its prefetch trace
 
 # Dense matrix peak of the half-precision units, TFLOP/s (vendors' data sheets), by part of the GPU's name.
 PEAK_TFLOPS = {
@@ -90,19 +94,26 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
-def summarise(rows: list[dict], plan: dict, gradient_checkpointing: bool) -> dict:
-    """Totals and rates from the rows of metrics.jsonl; the first 3 steps are left out of rates.
+def summarise(
+    rows: list[dict],
+    *,
+    world_size: int,
+    matmul_parameters: int,
+    gpu_name: str | None,
+    dtype: str,
+    gradient_checkpointing: bool,
+) -> dict:
+    """Totals and rates from the rows of metrics.jsonl; rates leave out the warm-up of every start.
 
     MFU counts 4N FLOPs a real token (forward and the gradient towards activations; LoRA computes no
     gradient of the N base matrix weights), HFU 6N with full gradient checkpointing (the forward runs
     twice). N excludes the embedding. Attention scores are left out (under 2 % at 1,024 tokens).
     """
-    timed = rows[3:] or rows
-    world_size = plan["world_size"]
+    timed = [row for row in rows if row["step_of_start"] > WARM_UP_STEPS] or rows
     seconds = sum(row["step_time_s"] for row in timed)
     rate = sum(row["real_tokens"] for row in timed) / world_size / seconds
-    peak = peak_tflops(plan["gpu_name"]) if plan["dtype"] != "fp32" else None
-    mfu = rate * 4 * plan["matmul_parameters"] / (peak * 1e12) if peak else None
+    peak = peak_tflops(gpu_name) if dtype != "fp32" else None
+    mfu = rate * 4 * matmul_parameters / (peak * 1e12) if peak else None
     return {
         "steps": len(rows),
         "skipped_updates": sum(row["skipped_update"] for row in rows),
@@ -117,66 +128,91 @@ def summarise(rows: list[dict], plan: dict, gradient_checkpointing: bool) -> dic
 
 
 def finish(
-    args, plan: dict, folder: Path, eval_loss_after: float, peak_gib: float | None, wall_s: float
+    args: Arguments,
+    plan: "Plan",
+    folder: Path,
+    eval_loss_after: float,
+    device: "torch.device",
+    started_s: float,
 ) -> None:
-    """Writes the plots and, last of all, summary.json (the mark of a finished run); prints ten lines."""
+    """Writes the plots and, last of all, summary.json (the mark of a finished run); prints the last lines. Collective:
+    the peak is the highest of all ranks. `started_s`: `time.perf_counter()` when this start began."""
+    import torch
+    import torch.distributed as dist
+
+    peak = torch.tensor(peak_reserved_gib(device) or 0.0, device=device)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    if dist.get_rank():
+        return
     rows = read_metrics(folder)
+    # A resumed run has several processes.
+    peak_gib = max(
+        (gib for gib in (peak.item(), *(row["peak_reserved_gib"] for row in rows)) if gib), default=None
+    )
     before = json.loads((folder / EVAL_BEFORE).read_text())["eval_loss_before"]
-    peaks = [peak_gib, *(row["peak_reserved_gib"] for row in rows)]  # a resumed run has several processes
-    peak_gib = max((gib for gib in peaks if gib), default=None)
-    summary = summarise(rows, plan, args.gradient_checkpointing) | {
+    totals = summarise(
+        rows,
+        world_size=plan.world_size,
+        matmul_parameters=plan.matmul_parameters,
+        gpu_name=plan.gpu_name,
+        dtype=plan.dtype,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    summary = totals | {
         "eval_loss_before": before,
         "eval_loss_after": eval_loss_after,
         "perplexity_before": math.exp(before),
         "perplexity_after": math.exp(eval_loss_after),
         "peak_reserved_gib": peak_gib,
-        "predicted_peak_gib": plan["predicted_peak_gib"],
+        "predicted_peak_gib": plan.predicted_peak_gib,
         "peak_host_rss_gib": max(row["peak_host_rss_gib"] for row in rows),
-        "train_rows": plan["train"]["documents"],
-        "eval_rows": plan["eval"]["documents"],
-        "padding_share": plan["train"]["padding_share"],
-        "trained_share": plan["train"]["trained_share"],
-        "rows_skipped": sum(value for key, value in plan["train"].items() if key.startswith("skipped_")),
-        "rows_cut": plan["train"]["prompt_cut"],
-        "world_size": plan["world_size"],
-        "dtype": plan["dtype"],
-        "gpu_name": plan["gpu_name"],
-        "wall_s": wall_s,
+        "train_rows": plan.train["documents"],
+        "eval_rows": plan.eval["documents"],
+        "padding_share": plan.train["padding_share"],
+        "trained_share": plan.train["trained_share"],
+        "rows_skipped": sum(value for key, value in plan.train.items() if key.startswith("skipped_")),
+        "rows_cut": plan.train["prompt_cut"],
+        "world_size": plan.world_size,
+        "dtype": plan.dtype,
+        "gpu_name": plan.gpu_name,
+        "wall_s": time.perf_counter() - started_s,
     }
     plot_loss(folder / "loss.png", rows, before, eval_loss_after)
     plot_memory(folder / "memory.png", rows, plan)
     write_json(folder / SUMMARY, summary)
-    mfu = (
-        f"{summary['mfu_4n']:.1%} (4N), HFU {summary['hfu_6n']:.1%} (6N)"
-        if summary["mfu_4n"]
-        else "unknown here"
-    )
-    peak = (
-        f"{peak_gib:.2f} GiB of GPU memory"
-        if peak_gib
-        else f"{summary['peak_host_rss_gib']:.2f} GiB of host memory"
-    )
-    predicted = plan["predicted_peak_gib"]
-    predicted_text = f"{predicted:.2f} GiB" if predicted >= 1 else f"{predicted * 1024:.0f} MiB"
-    merge = FOLDER / "merge_adapter.py"
-    for line in (
+    for line in last_lines(folder, summary):
+        log.info(line)
+
+
+def last_lines(folder: Path, summary: dict) -> tuple[str, ...]:
+    mfu, predicted = "unknown here", summary["predicted_peak_gib"]
+    if summary["mfu_4n"]:
+        mfu = f"{summary['mfu_4n']:.1%} (4N), HFU {summary['hfu_6n']:.1%} (6N)"
+    peak = f"{summary['peak_host_rss_gib']:.2f} GiB of host memory"
+    if summary["peak_reserved_gib"]:
+        peak = f"{summary['peak_reserved_gib']:.2f} GiB of GPU memory"
+    predicted = f"{predicted:.2f} GiB" if predicted >= 1 else f"{predicted * 1024:.0f} MiB"
+    merge = shlex.quote(str(FOLDER / "merge_adapter.py"))
+    return (
         "",
-        f"perplexity   {summary['perplexity_before']:.3f} before, {summary['perplexity_after']:.3f} after "
-        f"(loss {before:.4f} -> {eval_loss_after:.4f} on {plan['eval']['documents']} rows)",
+        f"perplexity   {summary['perplexity_before']:.3f} before, {summary['perplexity_after']:.3f} after (loss "
+        f"{summary['eval_loss_before']:.4f} -> {summary['eval_loss_after']:.4f} on {summary['eval_rows']} rows)",
         f"throughput   {summary['tokens_per_s_per_gpu']:,.0f} real tokens/s per GPU, MFU {mfu}",
-        f"peak         {peak} per rank, {predicted_text} predicted for a GPU",
+        f"peak         {peak} per rank, {predicted} predicted for a GPU",
         f"tokens       {summary['train_tokens']:,} seen, {summary['trained_share']:.0%} of positions trained, "
         f"{summary['padding_share']:.1%} padding",
-        f"rows         {plan['train']['documents']} trained, {summary['rows_skipped']} skipped, "
-        f"{summary['rows_cut']} cut; {summary['skipped_updates']} updates skipped for overflow",
-        f"time         {summary['steps']} steps in {summary['train_s']:.0f} s; {wall_s:.0f} s for this start, its steps "
-        "and evaluation",
+        f"rows         {summary['train_rows']} trained, {summary['rows_skipped']} skipped, {summary['rows_cut']} cut; "
+        f"{summary['skipped_updates']} updates skipped for overflow",
+        f"time         {summary['steps']} steps in {summary['train_s']:.0f} s; {summary['wall_s']:.0f} s for this start, "
+        "its steps and evaluation",
         f"summary      {folder / SUMMARY}",
         f"plots        {folder / 'loss.png'}, memory.png",
-        f"adapter      {folder / 'adapter_model.safetensors'}",
-        f"next         python {shlex.quote(str(merge))} --adapter {shlex.quote(str(folder))} --output_dir MERGED_MODEL",
-    ):
-        log.info(line)
+        f"adapter      {folder / ADAPTER}",
+        f"next         python {merge} --adapter {shlex.quote(str(folder))} --output_dir MERGED_MODEL",
+    )
+
+
+# --- plots --------------------------------------------------------------------------------------------
 
 
 def plot_loss(path: Path, rows: list[dict], before: float, after: float) -> None:
@@ -214,7 +250,7 @@ def plot_loss(path: Path, rows: list[dict], before: float, after: float) -> None
     plt.close(figure)
 
 
-def plot_memory(path: Path, rows: list[dict], plan: dict) -> None:
+def plot_memory(path: Path, rows: list[dict], plan: "Plan") -> None:
     """Left: the predicted peak, part by part. Right: what was measured, step by step."""
     import matplotlib
 
@@ -222,19 +258,19 @@ def plot_memory(path: Path, rows: list[dict], plan: dict) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
-    parts = plan["predicted_parts_gib"]
-    unit, scale = ("GiB", 1) if plan["predicted_peak_gib"] >= 1 else ("MiB", 1024)
+    parts = plan.predicted_parts_gib
+    unit, scale = ("GiB", 1) if plan.predicted_peak_gib >= 1 else ("MiB", 1024)
     labels = sorted(parts, key=parts.get)
     values = [parts[name] * scale for name in labels]
     bars = left.barh(labels, values, color="tab:blue")
     left.bar_label(bars, fmt="%.2f", padding=3)
     left.margins(x=0.18)
-    left.set(xlabel=unit, title=f"predicted peak of one GPU: {plan['predicted_peak_gib'] * scale:.2f} {unit}")
+    left.set(xlabel=unit, title=f"predicted peak of one GPU: {plan.predicted_peak_gib * scale:.2f} {unit}")
     steps = [row["step"] for row in rows]
     if rows[-1]["peak_reserved_gib"] is not None:
         right.plot(steps, [row["peak_reserved_gib"] for row in rows], label="measured (rank 0)")
-        right.axhline(plan["predicted_peak_gib"], color="tab:orange", linestyle="--", label="predicted")
-        right.axhline(plan["gpu_limit_gib"], color="tab:red", label="limit")
+        right.axhline(plan.predicted_peak_gib, color="tab:orange", linestyle="--", label="predicted")
+        right.axhline(plan.gpu_limit_gib, color="tab:red", label="limit")
         right.set(ylabel="GiB", title="peak reserved GPU memory")
         right.legend()
     else:

@@ -8,11 +8,19 @@ import json
 import math
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from workbench.files import check_identity, write_json
+from workbench import UserError
+from workbench.files import check_identity, commit, write_json
+from workbench.models import weights_fingerprint
 
-from . import UserError
+from .arguments import TINY_MODEL, Arguments
+
+if TYPE_CHECKING:
+    from .preflight import Plan
+
 
 MARKER = "complete.json"
 CONFIG = "run_config.json"
@@ -23,8 +31,15 @@ ADAPTER = "adapter_model.safetensors"
 OURS = (
     *(CONFIG, METRICS, SUMMARY, "training.log", EVAL_BEFORE, "loss.png", "memory.png", "README.md"),
     *(ADAPTER, "adapter_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "chat_template.jinja", "training_args.bin", "runs", "tiny_llama"),
+    *("special_tokens_map.json", "chat_template.jinja", "runs", TINY_MODEL),
 )
+# What must not change between two starts of a run, by its name in the plan.
+INPUTS = {
+    "data_sha256": "the rows of --data_path",
+    "model_revision": "the model on the hub",
+    "weights_id": "the weights of --model_name_or_path",
+    "dtype": "the precision that the GPU allows",
+}
 
 
 def holds_run(folder: Path) -> bool:
@@ -33,6 +48,16 @@ def holds_run(folder: Path) -> bool:
 
 def finished(folder: Path) -> bool:
     return (folder / SUMMARY).exists()
+
+
+def nothing_to_do(folder: Path, args: Arguments, zero_config: dict) -> bool:
+    """Whether the folder holds this run, finished. Raises UserError if what it holds is not this run's."""
+    if args.overwrite and holds_run(folder):
+        return False
+    check_owner(folder, args.identity(zero_config))
+    if finished(folder) and holds_run(folder):
+        check_local_inputs(folder, args)
+    return finished(folder)
 
 
 def check_owner(folder: Path, identity: dict) -> None:
@@ -58,32 +83,64 @@ def check_owner(folder: Path, identity: dict) -> None:
     check_identity(f"--output_dir {folder}", stored, identity, cure)
 
 
-def check_same_inputs(folder: Path, plan: dict) -> None:
+def check_same_inputs(folder: Path, plan: "Plan") -> None:
     """Raises UserError if a run to be resumed would see other data, weights or another number of ranks."""
     if not holds_run(folder) or not complete_checkpoints(folder):
         return
-    stored = json.loads((folder / CONFIG).read_text())["plan"]
-    if stored["world_size"] != plan["world_size"]:
+    stored = stored_plan(folder)
+    if stored["world_size"] != plan.world_size:
         raise UserError(
-            f"--output_dir {folder}: was started on {stored['world_size']} GPUs, {plan['world_size']} here; ZeRO-3 "
+            f"--output_dir {folder}: was started on {stored['world_size']} GPUs, {plan.world_size} here; ZeRO-3 "
             "checkpoints need the same number (or --overwrite starts anew)"
         )
-    inputs = {
-        "data_sha256": "the rows of --data_path",
-        "model_revision": "the model on the hub",
-        "dtype": "the precision that the GPU allows",
-    }
-    for key, what in inputs.items():
-        if stored[key] != plan[key]:
-            raise UserError(
-                f"--output_dir {folder}: {what} changed since the run began; --overwrite starts anew"
-            )
+    for key, what in INPUTS.items():
+        refuse_change(folder, what, stored.get(key), getattr(plan, key))
+
+
+def check_local_inputs(folder: Path, args: Arguments) -> None:
+    """Raises UserError if files that a finished run has read hold something else now."""
+    from . import data
+
+    stored = stored_plan(folder)
+    path, model = Path(args.data_path), Path(args.model_name_or_path)
+    if path.is_file():
+        rows = data.split_rows(data.read_file(path), [], args.max_train_rows, args.max_eval_rows, args.seed)
+        refuse_change(folder, INPUTS["data_sha256"], stored.get("data_sha256"), data.rows_sha256(*rows))
+    if model.is_dir():
+        refuse_change(folder, INPUTS["weights_id"], stored.get("weights_id"), weights_fingerprint(model))
+
+
+def stored_plan(folder: Path) -> dict:
+    return json.loads((folder / CONFIG).read_text())["plan"]
+
+
+def refuse_change(folder: Path, what: str, stored: object, here: object) -> None:
+    if stored != here:
+        raise UserError(f"--output_dir {folder}: {what} changed since the run began; --overwrite starts anew")
+
+
+def open_run(folder: Path, args: Arguments, zero_config: dict, plan: "Plan") -> Path | None:
+    """Makes the folder this run's: clears another one if that was asked for, or returns the checkpoint to resume from.
+    Raises UserError if that has seen something else."""
+    if args.overwrite and holds_run(folder):
+        clear(folder)
+    check_same_inputs(folder, plan)
+    config = {"identity": args.identity(zero_config), "arguments": asdict(args), "plan": asdict(plan)}
+    write_json(folder / CONFIG, config | {"commit": commit()})
+    latest = latest_checkpoint(folder)
+    if latest is None:
+        (folder / EVAL_BEFORE).unlink(missing_ok=True)
+    return latest
+
+
+def add_to_config(folder: Path, **values) -> None:
+    write_json(folder / CONFIG, json.loads((folder / CONFIG).read_text()) | values)
 
 
 def clear(folder: Path) -> None:
     """Removes what a run wrote, and nothing else; the mark of a run goes last. The rehearsal's model stays:
     preflight has just built it."""
-    names = [name for name in OURS if name not in (CONFIG, "tiny_llama")]
+    names = [name for name in OURS if name not in (CONFIG, TINY_MODEL)]
     for path in [*folder.glob("checkpoint-*"), *(folder / name for name in names), folder / CONFIG]:
         if path.is_dir():
             shutil.rmtree(path)

@@ -1,14 +1,13 @@
 """Command line -> `Arguments`. Sampling flags carry SGLang's names."""
 
-import difflib
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from workbench import UserError
-from workbench.flags import read_flags
+from workbench.flags import flag, path_or_hub_id, read_flags
 
 FOLDER = Path(__file__).resolve().parent.parent  # sglang/
 REHEARSAL = FOLDER.parent / "rehearsal"
@@ -16,15 +15,13 @@ PROGRAM = "python sglang/run_sglang.py"
 DEFAULT_MODEL = "Qwen/Qwen2.5-7B-Instruct"
 DEFAULT_PROMPTS = "tatsu-lab/alpaca_eval"
 TINY_MODEL = "tiny_qwen2"  # folder beside the outputs that a rehearsal builds its model in
+POLICIES = ("planned", "fcfs", "lpm", "dfs-weight")
 
 REHEARSAL_DEFAULTS = {
     "device": "cpu",
     "prompts": str(REHEARSAL / "instructions.json"),
     "max_new_tokens": 128,
 }
-
-
-POLICIES = ("planned", "fcfs", "lpm", "dfs-weight")
 
 # Engine arguments that say how much runs at once, not what is computed: a resumed run may change them.
 RESOURCES_ONLY = {
@@ -49,33 +46,49 @@ WITH_JUMP_FORWARD = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Arguments:
     """One run. Defaults are the assignment's: Qwen2.5-7B-Instruct on the 805 AlpacaEval instructions."""
 
-    model_path: str = DEFAULT_MODEL
-    lora_path: str = ""
-    prompts: str = DEFAULT_PROMPTS
-    output_file: str = str(FOLDER / "outputs.jsonl")
-    temperature: float = 0.7
-    top_p: float = 0.95
-    top_k: int = -1
-    max_new_tokens: int = 8192
-    seed: int = 42
-    raw: bool = False
-    fast: bool = False
-    policy: str = "planned"
-    jump_forward: bool = False
-    batch_size: int = 0
-    max_running_requests: int = 0
-    tp_size: int = 1
-    dp_size: int = 0
-    engine_args: str = "{}"
-    device: str = "cuda"
-    rehearse: bool = False
-    overwrite: bool = False
-    preflight_only: bool = False
-    download_only: bool = False
+    model_path: str = flag(
+        DEFAULT_MODEL, "hub id or folder of the model (default with --lora_path: the adapter's base)"
+    )
+    lora_path: str = flag("", "PEFT adapter folder; its tokenizer and chat template are used")
+    prompts: str = flag(
+        DEFAULT_PROMPTS,
+        "hub data set with alpaca_eval.json, or a file: JSON array, JSONL, or .txt with a prompt a line",
+    )
+    output_file: str = flag(
+        str(FOLDER / "outputs.jsonl"),
+        "every 10th answer; outputs_all.json, summary.json and lengths.png are written beside it",
+    )
+    temperature: float = flag(0.7, "0 is greedy")
+    top_p: float = flag(0.95, "nucleus sampling")
+    top_k: int = flag(-1, "-1: off")
+    max_new_tokens: int = flag(8192, "cap of an answer, lowered where the context ends")
+    seed: int = flag(42, "every record's own seed is derived from it, the record's index and its prompt")
+    raw: bool = flag(False, "no chat template: the prompt's text as it is")
+    fast: bool = flag(False, "without SGLang's deterministic mode: faster, two runs differ")
+    policy: str = flag(
+        "planned",
+        f"order of the records, one of {', '.join(POLICIES)}; planned: depth-first by shared prefix, each prefix "
+        "computed once; the others are SGLang's own",
+    )
+    jump_forward: bool = flag(
+        False, "text that a regex or schema forces is computed in one pass (no overlap scheduler)"
+    )
+    batch_size: int = flag(0, "records in flight at once (0: all of them)")
+    max_running_requests: int = flag(0, "requests the scheduler runs at once (0: chosen from the GPU)")
+    tp_size: int = flag(1, "GPUs that share one copy of the model")
+    dp_size: int = flag(0, "copies of the model (0: as many as the visible GPUs allow)")
+    engine_args: str = flag("{}", "JSON object of sglang.Engine arguments that override what is chosen here")
+    device: str = flag("cuda", "cuda or cpu; the CPU is never chosen silently")
+    rehearse: bool = flag(
+        False, "tiny model and shipped instructions on the CPU, everything else as in the real job"
+    )
+    overwrite: bool = flag(False, "start anew in a folder that holds a run")
+    preflight_only: bool = flag(False, "print the PASS/FAIL table and stop")
+    download_only: bool = flag(False, "fetch model and prompts into HF_HOME and stop (for login nodes)")
 
     @property
     def folder(self) -> Path:
@@ -87,6 +100,10 @@ class Arguments:
         return not self.fast or self.device == "cpu"
 
     @property
+    def only_looking(self) -> bool:
+        return self.preflight_only or self.download_only
+
+    @property
     def own_engine_args(self) -> dict:
         return json.loads(self.engine_args)
 
@@ -94,42 +111,12 @@ class Arguments:
         """What makes two commands the same run: every flag that changes the answers."""
         other = {"output_file", "policy", "batch_size", "max_running_requests", "dp_size", "overwrite"}
         other |= {"preflight_only", "download_only", "rehearse"}
-        same = {key: value for key, value in asdict(self).items() if key not in other}
-        if not self.jump_forward:
-            del same["jump_forward"]  # as in folders of before it existed
-        changing = {key: value for key, value in self.own_engine_args.items() if key not in RESOURCES_ONLY}
+        same = {name: value for name, value in asdict(self).items() if name not in other}
+        changing = {name: value for name, value in self.own_engine_args.items() if name not in RESOURCES_ONLY}
         same["engine_args"] = json.dumps(changing, sort_keys=True)
         if self.rehearse and Path(self.model_path).parent == self.folder:
             same["model_path"] = TINY_MODEL  # built in each output folder from the same seed
         return same
-
-
-HELP = {
-    "model_path": "hub id or folder of the model (default with --lora_path: the adapter's base)",
-    "lora_path": "PEFT adapter folder; its tokenizer and chat template are used",
-    "prompts": "hub data set with alpaca_eval.json, or a file: JSON array, JSONL, or .txt with a prompt a line",
-    "output_file": "every 10th answer; outputs_all.json, summary.json and lengths.png are written beside it",
-    "temperature": "0 is greedy",
-    "top_p": "nucleus sampling",
-    "top_k": "-1: off",
-    "max_new_tokens": "cap of an answer, lowered where the context ends",
-    "seed": "every record's own seed is derived from it, the record's index and its prompt",
-    "raw": "no chat template: the prompt's text as it is",
-    "fast": "without SGLang's deterministic mode: faster, two runs differ",
-    "policy": f"order of the records, one of {', '.join(POLICIES)}; planned: depth-first by shared prefix, each prefix "
-    "computed once; the others are SGLang's own",
-    "jump_forward": "text that a regex or schema forces is computed in one pass (no overlap scheduler)",
-    "batch_size": "records in flight at once (0: all of them)",
-    "max_running_requests": "requests the scheduler runs at once (0: chosen from the GPU)",
-    "tp_size": "GPUs that share one copy of the model",
-    "dp_size": "copies of the model (0: as many as the visible GPUs allow)",
-    "engine_args": "JSON object of sglang.Engine arguments that override what is chosen here",
-    "device": "cuda or cpu; the CPU is never chosen silently",
-    "rehearse": "tiny model and shipped instructions on the CPU, everything else as in the real job",
-    "overwrite": "start anew in a folder that holds a run",
-    "preflight_only": "print the PASS/FAIL table and stop",
-    "download_only": "fetch model and prompts into HF_HOME and stop (for login nodes)",
-}
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -137,8 +124,6 @@ def parse(argv: list[str]) -> Arguments:
     given = read_flags(
         argv,
         Arguments,
-        HELP,
-        {},
         prog="run_sglang.py",
         description="Answers a list of prompts with the SGLang Runtime, every record in flight together.",
         epilog="Arguments of sglang.Engine itself go into --engine_args.",
@@ -147,62 +132,37 @@ def parse(argv: list[str]) -> Arguments:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         given = REHEARSAL_DEFAULTS | given
         given.setdefault("output_file", str(REHEARSAL / "runs" / stamp / "outputs.jsonl"))
-    args = Arguments(**given)
-    _check(args)
-    if "model_path" not in given:
-        if args.lora_path:
-            args.model_path = _base_of(Path(args.lora_path))
-        elif args.rehearse:
-            args.model_path = str(args.folder / TINY_MODEL)
-    return args
+    args = _with_paths(Arguments(**given))
+    _check_ranges(args)
+    args = replace(args, engine_args=json.dumps(_checked_engine_args(args), sort_keys=True))
+    if "model_path" in given:
+        return args
+    if args.lora_path:
+        return replace(args, model_path=_base_of(Path(args.lora_path)))
+    return replace(args, model_path=str(args.folder / TINY_MODEL)) if args.rehearse else args
 
 
-def _base_of(adapter: Path) -> str:
-    config = adapter / "adapter_config.json"
-    try:
-        base = json.loads(config.read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--lora_path {adapter}: no adapter_config.json that names the base model") from error
-    if not isinstance(base, str):
-        raise UserError(f"--lora_path {adapter}: adapter_config.json names no base; name it with --model_path")
-    if base.startswith("/") and not Path(base).is_dir():
-        raise UserError(f"--lora_path {adapter}: its base {base} is not there; name the base with --model_path")
-    return base
+def _with_paths(args: Arguments) -> Arguments:
+    output = Path(args.output_file).absolute()
+    if output.is_dir():
+        raise UserError(f"--output_file {output}: is a folder; name a file, such as .../outputs.jsonl")
+    if output.name in ("outputs_all.json", "summary.json", "outputs.partial.jsonl"):
+        raise UserError(f"--output_file {output}: this name is taken; use outputs.jsonl")
+    return replace(
+        args,
+        output_file=str(output),
+        model_path=path_or_hub_id("model_path", args.model_path),
+        prompts=path_or_hub_id("prompts", args.prompts, (".json", ".jsonl", ".txt")),
+        lora_path=args.lora_path and path_or_hub_id("lora_path", args.lora_path, ("",)),
+    )
 
 
-def _check(args: Arguments) -> None:
-    args.output_file = str(Path(args.output_file).absolute())
-    if Path(args.output_file).is_dir():
-        raise UserError(
-            f"--output_file {args.output_file}: is a folder; name a file, such as .../outputs.jsonl"
-        )
-    if Path(args.output_file).name in ("outputs_all.json", "summary.json", "outputs.partial.jsonl"):
-        raise UserError(f"--output_file {args.output_file}: this name is taken; use outputs.jsonl")
-    for name in ("model_path", "lora_path", "prompts"):
+def _check_ranges(args: Arguments) -> None:
+    least = {"temperature": 0, "max_new_tokens": 1, "batch_size": 0, "max_running_requests": 0}
+    for name, limit in (least | {"tp_size": 1, "dp_size": 0, "seed": 0}).items():
         value = getattr(args, name)
-        if not value:
-            continue
-        if Path(value).exists():
-            setattr(args, name, str(Path(value).absolute()))
-        elif (
-            name == "lora_path"
-            or value.startswith(("/", ".", "~"))
-            or value.count("/") > 1
-            or (name == "prompts" and value.endswith((".json", ".jsonl", ".txt")))
-        ):
-            raise UserError(f"--{name} {value}: no such file or folder")
-    for name, least in {
-        "temperature": 0,
-        "max_new_tokens": 1,
-        "batch_size": 0,
-        "max_running_requests": 0,
-        "tp_size": 1,
-        "dp_size": 0,
-        "seed": 0,
-    }.items():
-        value = getattr(args, name)
-        if not (value >= least and math.isfinite(value)):
-            raise UserError(f"--{name} {value}: must be at least {least}")
+        if not (value >= limit and math.isfinite(value)):
+            raise UserError(f"--{name} {value}: must be at least {limit}")
     if args.seed >= 2**32:
         raise UserError(f"--seed {args.seed}: must be below 2**32")
     if not 0 < args.top_p <= 1:
@@ -213,34 +173,35 @@ def _check(args: Arguments) -> None:
         raise UserError(f"--policy {args.policy}: choose {', '.join(POLICIES)}")
     if args.device not in ("cuda", "cpu"):
         raise UserError(f"--device {args.device}: choose cuda or cpu")
+
+
+def _checked_engine_args(args: Arguments) -> dict:
     try:
-        engine_args = json.loads(args.engine_args)
+        own = json.loads(args.engine_args)
     except json.JSONDecodeError as error:
         raise UserError(f"--engine_args, column {error.colno}: not valid JSON ({error.msg})") from error
-    if not isinstance(engine_args, dict):
+    if not isinstance(own, dict):
         raise UserError('--engine_args: expected a JSON object, such as \'{"schedule_policy": "lpm"}\'')
     for name in ("context_length", "dp_size", "tp_size"):
-        value = engine_args.get(name, 1)
+        value = own.get(name, 1)
         if not isinstance(value, int) or value < 1:
             raise UserError(f"--engine_args: {name} must be a whole number of at least 1")
     for name, values in WITH_JUMP_FORWARD.items() if args.jump_forward else ():
-        if engine_args.get(name, values[0]) not in values:
+        if own.get(name, values[0]) not in values:
             raise UserError(
-                f"--jump_forward works with {name} {' or '.join(map(repr, values))}, not {engine_args[name]!r}: "
+                f"--jump_forward works with {name} {' or '.join(map(repr, values))}, not {own[name]!r}: "
                 "change --engine_args or leave the flag out"
             )
-    args.engine_args = json.dumps(engine_args, sort_keys=True)
+    return own
 
 
-def check_engine_args(given: dict, choices: dict[str, list | None]) -> None:
-    """Raises UserError for a name or value in --engine_args that sglang.Engine does not have. `choices` maps
-    each of its arguments to the values it takes (None: any)."""
-    for name, value in given.items():
-        if name not in choices:
-            near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-            raise UserError(
-                f"--engine_args: sglang.Engine has no argument {name}"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
-        if choices[name] and value is not None and value not in choices[name]:
-            raise UserError(f"--engine_args: {name} {value!r}; choose {', '.join(map(str, choices[name]))}")
+def _base_of(adapter: Path) -> str:
+    try:
+        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--lora_path {adapter}: no adapter_config.json that names the base model") from error
+    if not isinstance(base, str):
+        raise UserError(f"--lora_path {adapter}: adapter_config.json names no base; name it with --model_path")
+    if base.startswith("/") and not Path(base).is_dir():
+        raise UserError(f"--lora_path {adapter}: its base {base} is not there; name the base with --model_path")
+    return base

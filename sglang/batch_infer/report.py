@@ -1,22 +1,25 @@
-"""What people see: progress, the last ten lines, lengths.png, and the measures of summary.json."""
+"""What people see: progress, summary.json, lengths.png and the last ten lines."""
 
 import contextlib
-import hashlib
 import logging
 import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
+from workbench.files import commit, write_json
 from workbench.machine import versions
 
 from .arguments import Arguments
-from .engine import Choices, Machine, Model, environment
-from .preflight import PACKAGES
+from .engine_args import EngineArgs
+from .machine import Machine
+from .model import Model
+from .order import optimum_cached_tokens
+from .preflight import PACKAGES, Inputs
 from .prompts import Record
-from .records import ALL, LENGTHS, PARTIAL, SUMMARY
+from .store import ALL, LENGTHS, PARTIAL, SUMMARY, PartialFile
 
 
 def quiet_libraries(args: Arguments) -> None:
@@ -31,7 +34,8 @@ def quiet_libraries(args: Arguments) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which looks for a GPU
 
 
-def print_start(records: list[Record], bad: list[Record], todo: list[Record]) -> None:
+def print_start(records: list[Record], todo: list[Record]) -> None:
+    bad = [record for record in records if record.error]
     kept = len(records) - len(bad) - len(todo)
     tokens = sum(len(record.input_ids) for record in todo)
     print(
@@ -49,10 +53,8 @@ def progress(total: int, done: int):
     from tqdm import tqdm
 
     tokens, began = 0, time.monotonic()
-    interactive = sys.stderr.isatty()
-    with tqdm(
-        total=total, initial=done, unit=" records", mininterval=0.2 if interactive else 10, dynamic_ncols=True
-    ) as bar:
+    interval_s = 0.2 if sys.stderr.isatty() else 10
+    with tqdm(total=total, initial=done, unit=" records", mininterval=interval_s, dynamic_ncols=True) as bar:
 
         def on_rows(rows: list[dict]) -> None:
             nonlocal tokens
@@ -62,6 +64,9 @@ def progress(total: int, done: int):
             bar.update(len(rows))
 
         yield on_rows
+
+
+# --- how fast it could be -----------------------------------------------------------------------------
 
 
 def decode_steps(lengths: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -91,62 +96,108 @@ def roofline_s(lengths: list[tuple[int, int]], model: Model, machine: Machine, g
     return seconds / gpus
 
 
-def measures(
-    rows: dict[int, dict], todo: list[Record], times: dict, machine: Machine, model: Model, gpus: int
-) -> dict:
-    """Times and rates of this start (the counts of summary.json are over all starts of the run)."""
-    fresh = [rows[record.index] for record in todo if "output" in rows.get(record.index, {})]
-    tokens = sum(row["output_tokens"] for row in fresh)
-    least_s = roofline_s([(row["prompt_tokens"], row["output_tokens"]) for row in fresh], model, machine, gpus)
-    return times | {
-        "answered_in_this_start": len(fresh),
-        "tokens_per_s": tokens / times["generate_s"] if times["generate_s"] else None,
-        "roofline_share": least_s / times["generate_s"] if least_s and times["generate_s"] else None,
+# --- summary.json -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of this start."""
+
+    load_s: float = 0.0
+    compile_s: float = 0.0
+    generate_s: float = 0.0
+
+
+def counts(records: list[Record], rows: dict[int, dict]) -> dict:
+    """Over all records of all starts of this run."""
+    answered = [rows[r.index] for r in records if "output" in rows.get(r.index, {})]
+    failures = [
+        {"index": r.index, "reason": rows.get(r.index, {}).get("error") or r.error or "not answered"}
+        for r in records
+        if "output" not in rows.get(r.index, {})
+    ]
+    prompt_tokens = sum(row["prompt_tokens"] for row in answered)
+    cached = sum(row["cached_tokens"] for row in answered)
+    by_adapter: dict[str | None, list] = {}
+    for r in records:
+        if "output" in rows.get(r.index, {}):
+            by_adapter.setdefault(r.lora, []).append((r.input_ids, rows[r.index]["output_ids"]))
+    optimum = sum(optimum_cached_tokens([requests]) for requests in by_adapter.values())
+    truncated = [row["index"] for row in answered if row["finish_reason"] == "length"]
+    forced_runs = [tokens for row in answered for tokens in row.get("forced_runs", ())]
+    return {
+        "records": len(records),
+        "failed_records": len(failures),
+        "failures": failures,
+        "truncated": truncated,
+        "prompt_tokens": prompt_tokens,
+        "cached_prompt_tokens": cached,
+        "computed_prompt_tokens": prompt_tokens - cached,
+        "prefix_hit_rate": cached / prompt_tokens if prompt_tokens else None,
+        "optimum_hit_rate": optimum / prompt_tokens if prompt_tokens else None,
+        "output_tokens": sum(row["output_tokens"] for row in answered),
+        "retracted_records": sum(row.get("retractions", 0) > 0 for row in answered),
+        "jumps": len(forced_runs),
+        "forced_tokens": sum(forced_runs),
+        "cap_hit_share": len(truncated) / len(answered) if answered else None,
     }
 
 
-def machine_of(args: Arguments, machine: Machine) -> dict:
-    """What bytes depend on beside the command: GPU or instruction set, the lock, and on GPUs our own sampler."""
-    import torch
-
-    lock = Path(__file__).resolve().parents[2] / "requirements.txt"
-    own = {}
-    if args.device == "cuda":
-        import runtime_plugins
-
-        files = [
-            Path(runtime_plugins.__file__).with_name(name)
-            for name in ("fused_norm.py", "lean_sampler.py", "seeded_top_p.py")
-        ]
-        own["kernels_sha256"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return own | {
-        "gpu_name": machine.gpu_name,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability() if args.device == "cpu" else None,
-        "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None,
+def rates(rows: list[dict], times: Times, inputs: Inputs, gpus: int) -> dict:
+    """Times and rates of this start, which gave the `rows`."""
+    tokens = sum(row["output_tokens"] for row in rows)
+    lengths = [(row["prompt_tokens"], row["output_tokens"]) for row in rows]
+    least_s = roofline_s(lengths, inputs.model, inputs.machine, gpus)
+    return asdict(times) | {
+        "answered_in_this_start": len(rows),
+        "tokens_per_s": tokens / times.generate_s if times.generate_s else None,
+        "roofline_share": least_s / times.generate_s if least_s and times.generate_s else None,
     }
 
 
-def settings(args: Arguments, machine: Machine, found: dict, chosen: Choices, machines: list[dict]) -> dict:
+def settings(args: Arguments, inputs: Inputs, chosen: EngineArgs, machines: list[dict]) -> dict:
     """Everything that an equal run needs to have equal. `machines`: of all starts of this run."""
     # A jump depends on what runs beside it, and where the text is tokenised otherwise the answer changes.
     profile = "reproducible" if args.reproducible and not args.jump_forward else "fast"
-    return machine_of(args, machine) | {
+    return machines[-1] | {
         "identity": args.identity(),
         "profile": profile if len(machines) < 2 else "mixed",
         "machines": machines,
-        "arguments": vars(args),
-        "engine_args": {name: value for name, (value, _) in chosen.items()},
-        "environment": environment(args),
-        "gpus": machine.gpus,
+        "arguments": asdict(args),
+        "engine_args": chosen.values,
+        "environment": chosen.environment,
+        "gpus": inputs.machine.gpus,
         "versions": versions(PACKAGES),
-        "model_revision": found["revision"],
-        "weights_id": found["weights_id"],
-        "adapters": found["adapters"],
-        "adapter_id": found["adapters"].get(args.lora_path),
-        "prompts_sha256": found["prompts_sha256"],
-        "prompts_revision": found["prompts_revision"],
+        "model_revision": inputs.model.revision,
+        "weights_id": inputs.model.weights_id,
+        "adapters": inputs.adapters,
+        "adapter_id": inputs.adapters.get(args.lora_path),
+        "prompts_sha256": inputs.prompts_sha256,
+        "prompts_revision": inputs.prompts_revision,
         "seed": args.seed,
+        "commit": commit(),
     }
+
+
+def finish(
+    args: Arguments,
+    inputs: Inputs,
+    chosen: EngineArgs,
+    records: list[Record],
+    partial: PartialFile,
+    of_start: dict,
+) -> dict:
+    """Writes lengths.png and, last of all, summary.json; prints the last lines; returns the summary. `of_start`:
+    times and rates."""
+    found = settings(args, inputs, chosen, partial.machines)
+    summary = of_start | counts(records, partial.rows) | {"settings": found}
+    plot_lengths(args, records, partial.rows)
+    write_json(args.folder / SUMMARY, summary)
+    print_end(args, summary, chosen.serve_line)
+    return summary
+
+
+# --- the end ------------------------------------------------------------------------------------------
 
 
 def plot_lengths(args: Arguments, records: list[Record], rows: dict[int, dict]) -> None:
@@ -173,47 +224,53 @@ def plot_lengths(args: Arguments, records: list[Record], rows: dict[int, dict]) 
     plt.close(figure)
 
 
-def print_end(args: Arguments, summary: dict, serve_line: str) -> None:
-    def share(value: float | None) -> str:
-        return "unknown" if value is None else f"{value:.1%}"
+def share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1%}"
 
-    if summary["answered_in_this_start"]:
-        compiled = f", {summary['compile_s']:.0f} s compiling kernels" if summary["compile_s"] else ""
-        print(
-            f"time         {summary['load_s']:.0f} s to load{compiled}, {summary['generate_s']:.1f} s to generate"
-        )
-        roof = (
-            "" if summary["roofline_share"] is None else f", {share(summary['roofline_share'])} of the roofline"
-        )
-        print(f"throughput   {summary['tokens_per_s']:,.0f} tokens/s{roof}")
-    print(
-        f"tokens       {summary['output_tokens']:,} in {summary['records'] - summary['failed_records']} answers"
-    )
-    print(
-        f"prefix       {share(summary['prefix_hit_rate'])} of {summary['prompt_tokens']:,} prompt tokens came from the "
-        f"radix tree (optimum {share(summary['optimum_hit_rate'])}), {summary['computed_prompt_tokens']:,} were computed"
-    )
-    if args.jump_forward:
-        print(f"jumps        {summary['jumps']:,} with {summary['forced_tokens']:,} forced tokens")
-    print(f"cap          {share(summary['cap_hit_share'])} of the answers were cut")
+
+def promise(args: Arguments, summary: dict) -> str:
+    """What the profile says about the bytes."""
     profile = summary["settings"]["profile"]
-    promise = {
+    text = {
         "reproducible": "the same command gives the same bytes",
         "fast": "two runs differ",
         "mixed": "begun on another machine or lock; start anew for bytes",
     }[profile]
-    if summary["retracted_records"]:
-        # Their last tokens were computed by decoding, then again by prefilling: on a GPU by another kernel.
-        again = f"{summary['retracted_records']} records were computed again because the KV pool was full"
-        as_promised = args.device == "cpu" or profile == "fast"
-        promise += f"; {again}" if as_promised else f", but {again} and may differ: --max_running_requests"
-    print(f"profile      {profile}: {promise}")
-    print(f"answers      {args.output_file} (every 10th)")
-    print(f"all          {args.folder / ALL}; {SUMMARY}, {LENGTHS} beside it")
+    if not summary["retracted_records"]:
+        return text
+    # Their last tokens were computed by decoding, then again by prefilling: on a GPU by another kernel.
+    again = f"{summary['retracted_records']} records were computed again because the KV pool was full"
+    if args.device == "cpu" or profile == "fast":
+        return f"{text}; {again}"
+    return f"{text}, but {again} and may differ: --max_running_requests"
+
+
+def print_end(args: Arguments, summary: dict, serve_line: str) -> None:
+    lines = []
+    if summary["answered_in_this_start"]:
+        compiled = f", {summary['compile_s']:.0f} s compiling kernels" if summary["compile_s"] else ""
+        roof = summary["roofline_share"]
+        lines += [
+            f"time         {summary['load_s']:.0f} s to load{compiled}, {summary['generate_s']:.1f} s to generate",
+            f"throughput   {summary['tokens_per_s']:,.0f} tokens/s"
+            + ("" if roof is None else f", {share(roof)} of the roofline"),
+        ]
+    lines += [
+        f"tokens       {summary['output_tokens']:,} in {summary['records'] - summary['failed_records']} answers",
+        f"prefix       {share(summary['prefix_hit_rate'])} of {summary['prompt_tokens']:,} prompt tokens came from the "
+        f"radix tree (optimum {share(summary['optimum_hit_rate'])}), {summary['computed_prompt_tokens']:,} were computed",
+    ]
+    if args.jump_forward:
+        lines.append(f"jumps        {summary['jumps']:,} with {summary['forced_tokens']:,} forced tokens")
+    lines += [
+        f"cap          {share(summary['cap_hit_share'])} of the answers were cut",
+        f"profile      {summary['settings']['profile']}: {promise(args, summary)}",
+        f"answers      {args.output_file} (every 10th)",
+        f"all          {args.folder / ALL}; {SUMMARY}, {LENGTHS} beside it",
+    ]
     if summary["failed_records"]:
-        print(
+        lines.append(
             f"FAILED       {summary['failed_records']} records; the same command tries them again ({PARTIAL})"
         )
-        for failure in summary["failures"][:5]:
-            print(f"  record {failure['index']}: {failure['reason']}")
-    print(f"serve        {serve_line}")
+        lines += [f"  record {failure['index']}: {failure['reason']}" for failure in summary["failures"][:5]]
+    print(*lines, f"serve        {serve_line}", sep="\n")

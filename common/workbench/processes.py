@@ -1,0 +1,55 @@
+"""Signals and child processes, as both programs use them."""
+
+import ctypes
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+
+from . import UserError
+
+STOPPED = 75  # exit code EX_TEMPFAIL: stopped on request, the same command resumes
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """From now on a parent that is killed takes this process along: it must not go on writing."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A TCP port that is free now; the kernel hands out another one each time."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_in_child(function: Callable[[], str]) -> str:
+    """What `function` returns in a forked child, which may initialise what this process must not. Raises its
+    UserError here; a child that ends otherwise is a RuntimeError."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code, text = 1, ""
+        try:
+            die_with_parent()
+            code, text = 0, function()
+        except UserError as error:
+            code, text = 2, str(error)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with os.fdopen(writing, "w") as out:
+                out.write(text)
+            os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading) as result:
+        text = result.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code == 2:
+        raise UserError(text)
+    if code:
+        raise RuntimeError(f"a child process ended with exit code {code}")
+    return text

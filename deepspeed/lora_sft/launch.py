@@ -1,0 +1,144 @@
+"""Children of the program: one for the preflight, then one rank a GPU, forked from a parent that has touched no GPU.
+
+Why not the `deepspeed` command: it kills its ranks when a SIGTERM reaches it (Slurm signals every process), it
+rewrites CUDA_VISIBLE_DEVICES when the number of GPUs is given, and its launchers and every rank each import torch.
+Here each rank sees CUDA_VISIBLE_DEVICES as it is and takes its LOCAL_RANK-th entry, and shares the parent's imports.
+
+Fork safety: the parent never initialises CUDA and starts no threads; whatever does either (preflight, tokenising,
+DeepSpeed) is imported and run in a child.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from workbench import UserError
+from workbench.processes import STOP_SIGNALS, STOPPED, die_with_parent, free_port
+
+GRACE_S = 10.0  # what the others may take to end after one has failed, then as long again after a SIGTERM
+
+
+class StopRequest:
+    """True once the stop file exists. A signal to this process creates the same file: it does not matter
+    whether Slurm signals the launcher, one rank or all processes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def install(self) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: self.path.touch())
+
+    def __bool__(self) -> bool:
+        return self.path.exists()
+
+
+def import_shared_libraries() -> None:
+    """Before any fork, so that the children share them. These do not initialise CUDA; DeepSpeed and Trainer
+    do (seen on an H200), so the ranks import those themselves."""
+    import torch  # noqa: F401
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+
+def run_in_child(function: Callable[[], int], work_dir: Path, stop: StopRequest) -> int:
+    """Exit code of one child that runs `function`; a stop request ends it at once."""
+    return _run(lambda _: function(), 1, work_dir, stop)
+
+
+def run_ranks(function: Callable[[int], int], world_size: int, work_dir: Path) -> int:
+    """Exit code of `world_size` children that each run `function(rank)` with torch's rendezvous variables set."""
+    port = free_port()
+
+    def start(rank: int) -> int:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        return function(rank)
+
+    return _run(start, world_size, work_dir)
+
+
+def _run(function: Callable[[int], int], count: int, work_dir: Path, stop: StopRequest | None = None) -> int:
+    """0 if all children return 0; 2 if one raises a UserError, which is printed once; else the code of the first that
+    fails, whose traceback is printed (the others' failures follow from it). A child killed by a signal counts as 1."""
+    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+
+    def child(index: int) -> None:
+        die_with_parent()
+        try:
+            sys.exit(function(index))
+        except UserError as error:
+            (work_dir / f"error-{index}").write_text(str(error))
+            sys.exit(2)
+
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # the error is said below, once
+    children = start_processes(child, nprocs=count, join=False, start_method="fork")
+    try:
+        while not children.join(timeout=0.1, grace_period=GRACE_S):
+            if stop:
+                for process in children.processes:
+                    process.kill()
+                    process.join()
+                return STOPPED
+        return 0
+    except (ProcessExitedException, ProcessRaisedException) as error:
+        if messages := dict.fromkeys(path.read_text() for path in sorted(work_dir.glob("error-*"))):
+            for message in messages:
+                print(f"error: {message}", file=sys.stderr)
+            return 2
+        if isinstance(error, ProcessRaisedException):
+            print(error.msg, file=sys.stderr)
+            return 1
+        if error.signal_name:
+            print(f"error: rank {error.error_index} was killed by {error.signal_name}", file=sys.stderr)
+            return 1
+        return error.exit_code
+
+
+def join_ranks(device: str) -> dict:
+    """Joins DeepSpeed's process group, as a rank; returns the extra TrainingArguments that the device needs.
+
+    On CPU, Trainer's own detection would not start DeepSpeed's communication (it reports MULTI_CPU), so the
+    state is configured first. DeepSpeed's shared-memory op serves inference only; declaring it incompatible
+    avoids a compiler run at start and a lock file that a killed run would leave.
+    """
+    import deepspeed
+    import torch
+
+    if device == "cuda":
+        share_cores(int(os.environ["WORLD_SIZE"]))
+        rank = int(os.environ["LOCAL_RANK"])
+        torch.cuda.set_device(rank)
+        if cap := os.environ.get("GPU_MEMORY_CAP_GIB"):
+            total = torch.cuda.get_device_properties(rank).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, float(cap) * 2**30 / total))
+        if torch.__version__ < "2.8":  # the V100's; later ones do it unasked
+            # Otherwise a gathered layer waits for NCCL's stream before its memory can be used again.
+            os.environ["TORCH_NCCL_AVOID_RECORD_STREAMS"] = "1"
+        deepspeed.init_distributed()
+        return {}
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
+    PartialState(cpu=True).distributed_type = DistributedType.DEEPSPEED
+    return {"use_cpu": True, "accelerator_config": {"use_configured_state": True}}
+
+
+def share_cores(world_size: int) -> None:
+    """Otherwise each rank starts a thread on every core, and they wait for one another: checking the adapter took 36 s
+    instead of 2 on 32 cores."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))

@@ -1,0 +1,187 @@
+"""What the preflight asks about the GPUs, their links and the host's memory."""
+
+import itertools
+import math
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from workbench import UserError
+from workbench.machine import GIB, driver_version, has_kernels, visible_gpus
+
+from .arguments import Arguments
+from .memory import CONTEXT_GIB
+
+ASSUMED_GPU_GIB = 15.8  # a V100 16 GB, when there is no GPU to ask
+V100_LOCK = "make install-v100, then VENV=.venv-v100 bash deepspeed/run_llama2_7b_lora.sh"
+OLDER_DRIVER = f"use the CUDA 12.6 environment: {V100_LOCK}"
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """The ranks' GPUs; without any (CPU, or a preflight elsewhere) the first three are None."""
+
+    gpu_name: str | None
+    gpu_free_gib: float | None
+    capability: list[int] | None  # the lowest
+    gpu_limit_gib: float  # what PyTorch may take on one
+    world_size: int
+    dtype: str
+    dtype_reason: str
+
+
+def choose_dtype(asked: str, device: str, capability: tuple[int, int] | None) -> tuple[str, str]:
+    """(dtype, reason). bf16 from compute capability 8.0; `torch.cuda.is_bf16_supported()` also answers True
+    on Volta, where bf16 is emulated."""
+    if asked != "auto":
+        if asked == "bf16" and capability and capability < (8, 0):
+            raise UserError(
+                f"--dtype bf16: compute capability {capability[0]}.{capability[1]} has no bf16 units; use --dtype fp16"
+            )
+        return asked, "asked for by --dtype"
+    if device == "cpu":
+        return "fp32", "on CPU exact comparison is worth more than speed"
+    if capability is None:
+        return "fp16", "no GPU here; a V100 is assumed"
+    text = f"compute capability {capability[0]}.{capability[1]}"
+    return ("bf16", f"{text} has bf16 units") if capability >= (8, 0) else ("fp16", f"{text} has no bf16 units")
+
+
+def look_at_gpus(args: Arguments) -> tuple[Gpus, str]:
+    """What the ranks will run on, and its row. Raises UserError."""
+    cap_gib = memory_cap_gib()
+    if args.device == "cpu":
+        cores, why = len(os.sched_getaffinity(0)), "--rehearse" if args.rehearse else "--device cpu"
+        found = without_gpus(args, cap_gib)
+        return found, f"not used ({why}): {found.world_size} ranks on {cores} CPU cores"
+    if args.preflight_only and driver_version() is None:
+        found = without_gpus(args, cap_gib)
+        return found, f"SKIP: no GPU here; {found.world_size} x {ASSUMED_GPU_GIB} GiB assumed"
+    visible = visible_gpus(OLDER_DRIVER, args.num_gpus or 2)
+    if args.num_gpus > len(visible):
+        raise UserError(
+            f"--num_gpus {args.num_gpus}, but {len(visible)} visible (CUDA_VISIBLE_DEVICES="
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); ask Slurm for more: --gres=gpu:{args.num_gpus}"
+        )
+    gpus = visible[: args.num_gpus or len(visible)]
+    check_kernels(gpus)
+    capability = min(gpu.capability for gpu in gpus)
+    dtype, reason = choose_dtype(args.dtype, args.device, capability)
+    total_gib = min(gpu.memory_gib for gpu in gpus)
+    found = Gpus(
+        gpu_name=gpus[0].name,
+        gpu_free_gib=min(gpu.free_gib for gpu in gpus),
+        capability=list(capability),
+        gpu_limit_gib=min(total_gib - CONTEXT_GIB, cap_gib),
+        world_size=len(gpus),
+        dtype=dtype,
+        dtype_reason=reason,
+    )
+    cap = f", capped to {cap_gib:g} GiB by GPU_MEMORY_CAP_GIB" if math.isfinite(cap_gib) else ""
+    return found, f"{len(gpus)} x {gpus[0].name}, {total_gib:.1f} GiB{cap}, driver {driver_version()}"
+
+
+def memory_cap_gib() -> float:
+    value = os.environ.get("GPU_MEMORY_CAP_GIB") or "inf"
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"GPU_MEMORY_CAP_GIB={value}: give a number of GiB") from None
+
+
+def without_gpus(args: Arguments, cap_gib: float) -> Gpus:
+    """The CPU's ranks, or the GPUs that are assumed where there are none to ask."""
+    dtype, reason = choose_dtype(args.dtype, args.device, None)
+    limit_gib = min(ASSUMED_GPU_GIB - CONTEXT_GIB, cap_gib)
+    return Gpus(None, None, None, limit_gib, args.num_gpus or 2, dtype, reason)
+
+
+def check_kernels(gpus: tuple) -> None:
+    import torch
+
+    kernels = torch.cuda.get_arch_list()
+    for index, gpu in enumerate(gpus):
+        if not has_kernels(gpu.capability, kernels):
+            raise UserError(
+                f"GPU {index}, {gpu.name} (compute capability {gpu.capability[0]}.{gpu.capability[1]}), has no kernels "
+                f"in torch {torch.__version__} ({' '.join(kernels)}); {V100_LOCK}"
+            )
+
+
+def look_at_links(gpus: Gpus) -> str | None:
+    """NVLink or PCIe between the GPUs: on PCIe the all-gathers of ZeRO-3 set the pace."""
+    if gpus.gpu_name is None or gpus.world_size < 2:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus.world_size)))
+    try:
+        indices = [int(index) for index in visible.split(",")][: gpus.world_size]
+        command = ["nvidia-smi", "topo", "-m"]
+        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        links = {pair: link_between(output, *pair) for pair in itertools.combinations(indices, 2)}
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return "SKIP: nvidia-smi does not tell how the GPUs are linked"
+    for (first, second), link in links.items():
+        if not link.startswith("NV"):
+            return (
+                f"WARN: PCIe ({link}) between GPU {first} and GPU {second}: gathers are slow, keep "
+                "--tokens_per_micro_batch high"
+            )
+    return f"NVLink between all pairs ({', '.join(sorted(set(links.values())))})"
+
+
+def link_between(matrix: str, first: int, second: int) -> str:
+    """The entry of `nvidia-smi topo -m` for two GPUs (NV18, PIX, SYS, ...). Raises ValueError without one."""
+    rows = [line.split() for line in re.sub(r"\x1b\[[0-9;]*m", "", matrix).splitlines()]
+    mine = [row for row in rows if row and row[0] == f"GPU{first}" and len(row) > second + 1]
+    if len(mine) < 2:  # the header line starts with GPU0 too
+        mine = [row for row in mine if "X" in row]
+    if not mine:
+        raise ValueError(f"no row for GPU {first}")
+    return mine[-1][1 + second]
+
+
+def look_at_host_memory(base_parameters: int, dtype: str, world_size: int) -> str:
+    """Every rank reads all weights, one after the other; the pages are shared and can be dropped."""
+    left, what = memory_limit_gib()
+    weights = base_parameters * (4 if dtype == "fp32" else 2) / GIB
+    needed = weights + 2.5 * world_size
+    if left < needed:
+        raise UserError(
+            f"{left:.1f} GiB {what}, about {needed:.1f} needed to load the weights; ask for --mem={needed * 1.2:.0f}G"
+        )
+    if left < weights * world_size:
+        return f"WARN: {left:.1f} GiB {what}; below {weights * world_size:.1f} loading may be slow"
+    return f"{left:.1f} GiB {what}, about {needed:.1f} needed"
+
+
+def memory_limit_gib() -> tuple[float, str]:
+    """Host memory this job may still use, and what sets it: the machine or a cgroup (Slurm's --mem)."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    best = (int(fields["MemAvailable"].split()[0]) / 2**20, "available on this machine")
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            root, limit_name, usage_name = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root = Path("/sys/fs/cgroup/memory")
+            limit_name, usage_name = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        # A limit may stand at any level above the process.
+        folder = root / group.lstrip("/")
+        for level in (folder, *folder.parents):
+            if root not in (level, *level.parents):
+                break
+            try:
+                limit = int((level / limit_name).read_text())
+                used = int((level / usage_name).read_text())
+                cached = re.search(
+                    r"^(?:total_)?inactive_file (\d+)", (level / "memory.stat").read_text(), re.M
+                )
+            except (OSError, ValueError):  # "max", or a controller that is not mounted
+                continue
+            left = (limit - used + (int(cached.group(1)) if cached else 0)) / GIB
+            best = min(best, (left, "left of the job's memory limit (Slurm --mem)"))
+    return best
