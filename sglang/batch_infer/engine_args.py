@@ -281,8 +281,6 @@ def serve_line(values: dict[str, object], variables: dict[str, str]) -> str:
 
 def check_own(own: dict) -> None:
     """Raises UserError for a name or value in --engine_args that SGLang does not have."""
-    if not own:
-        return
     from sglang.srt.server_args import ServerArgs
 
     hints = typing.get_type_hints(ServerArgs, include_extras=True)

@@ -16,6 +16,7 @@ from workbench import UserError
 from workbench.files import check_room
 from workbench.machine import Table, versions
 from workbench.models import find_model, weights_fingerprint
+from workbench.processes import run_in_child
 
 from . import adapters, engine_args, model, prompts
 from . import machine as machines
@@ -46,8 +47,8 @@ def run(args: Arguments) -> Inputs | None:
     """Prints the table; None with --download_only. Raises UserError with the first failure."""
     table = Table()
     print("preflight")
-    if table.check("packages", look_at_packages):
-        table.check("engine args", lambda: engine_args.check_own(args.own_engine_args))
+    if table.check("packages", look_at_packages) and args.own_engine_args:
+        table.check("engine args", lambda: look_at_engine_args(args.own_engine_args))
     # Login nodes, where one downloads, have no GPU.
     machine = None if args.download_only else table.find("GPUs", lambda: machines.look(args))
     if machine:
@@ -91,6 +92,17 @@ def look_at_packages() -> str:
 
 def _sources(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.py")}
+
+
+def look_at_engine_args(own: dict) -> str:
+    """In a child: importing SGLang initialises CUDA, and a process that has done so cannot fork engines or ask for
+    GPUs."""
+
+    def check() -> str:
+        engine_args.check_own(own)
+        return f"--engine_args sets {', '.join(own)}"
+
+    return run_in_child(check)
 
 
 def look_at_model(args: Arguments) -> tuple[Model, str]:
