@@ -207,3 +207,22 @@ def test_merging_a_spoiled_adapter_is_refused(spoil, merge, tmp_path, change, me
     assert code == 2, text
     assert message in text
     assert not (tmp_path / "m").exists()
+
+
+def test_remembered_parameters_are_those_of_a_walk(tiny_model, tmp_path):
+    def look():
+        from transformers import AutoModelForCausalLM
+
+        from lora_sft.arguments import parse
+        from lora_sft.model import add_adapters, remember_parameters
+
+        model = add_adapters(AutoModelForCausalLM.from_pretrained(tiny_model), parse([]))
+        layer = model.get_base_model().model.layers[1]
+        remember_parameters(model)
+        for module in (model, layer):
+            walk = type(module).named_parameters
+            assert list(module.named_parameters()) == list(walk(module))
+            assert list(module.named_parameters("a")) == list(walk(module, "a"))
+            assert list(module.named_parameters(recurse=False)) == list(walk(module, recurse=False))
+
+    in_child(look, tmp_path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from batch_infer import start
 from harness import ROOT, fork
 
 INSTRUCTIONS = [
@@ -49,6 +50,7 @@ def logits_of(folder: Path, out: Path, together: list[int], prompts: int = 16, *
         from sglang.srt.entrypoints.engine import Engine
         from transformers import AutoTokenizer
 
+        start.skip_other_models(["Qwen2ForCausalLM"])
         record_logits(out)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         messages = [[{"role": "user", "content": text}] for text in INSTRUCTIONS[:prompts]]

@@ -184,13 +184,13 @@ def test_public_tests_fail_before_and_pass_after_and_the_rehearsal_earns_ten_poi
     train = ["deepspeed/main.py", "--rehearse", "--output_dir", str(tmp_path / "run/finetune")]
     infer = ["sglang/run_sglang.py", "--rehearse", "--lora_path", str(tmp_path / "run/finetune")]
     infer += ["--output_file", str(tmp_path / "run/inference/outputs.jsonl")]
-    for problem in ("1a", "1b", "1c", "2a", "2b", "2c"):
+    for problem in ("1a", "1b", "1c", "2a", "2c", "2b"):
         command = train if problem < "2" else infer
         code, text = program(student, *command)
         assert code == 2, text
         assert f"TODO problem {problem}" in text.splitlines()[-1]
         paste(student, problem)
-        if problem in ("1c", "2c"):
+        if problem in ("1c", "2b"):
             code, text = program(student, *command)
             assert code == 0, text
     paste(student, "2d")

@@ -17,9 +17,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from batch_infer import adapters, machine, model, preflight, store
+from batch_infer import adapters, engine_args, machine, model, preflight, store
 from batch_infer.arguments import Arguments
-from batch_infer.engine_args import environment
 from batch_infer.prompts import Record
 from harness import ROOT, answers, fork
 from workbench import UserError, files
@@ -229,7 +228,9 @@ def test_the_wheels_compile_flashinfers_kernels(tmp_path):
     (tmp_path / "driver.cpp").write_text('extern "C" int cuInit(unsigned) { return 0; }')
     output_of("g++", "-shared", tmp_path / "driver.cpp", "-o", driver, f"-Wl,-soname,{driver.name}")
     (tmp_path / "probe.cu").write_text(PROBE)
-    variables = machine.compiler_of_wheels(WHEELS_CUDA, driver, tmp_path / "links") | environment(Arguments())
+    variables = machine.compiler_of_wheels(WHEELS_CUDA, driver, tmp_path / "links") | engine_args.environment(
+        Arguments()
+    )
     variables |= {"FLASHINFER_WORKSPACE_BASE": str(tmp_path), "FLASHINFER_CUDA_ARCH_LIST": "9.0a"}
     built = output_of(sys.executable, "-P", "-c", BUILD, tmp_path / "probe.cu", env=variables)
     needed = output_of("ldd", built.split()[-1])
@@ -304,6 +305,18 @@ def test_missing_plugins(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     with pytest.raises(UserError, match="runtime_plugins is not installed; run `make install`"):
         preflight.look_at_packages()
+
+
+def test_engine_args_are_checked_in_a_process_of_their_own(monkeypatch):
+    """SGLang's import initialises CUDA, after which no fork may use it."""
+
+    def check(own: dict) -> None:
+        raise UserError(f"{own} in {os.getpid()}")
+
+    monkeypatch.setattr(engine_args, "check_own", check)
+    with pytest.raises(UserError, match=r"^\{'page_size': 1\} in ") as error:
+        preflight.look_at_engine_args({"page_size": 1})
+    assert not str(error.value).endswith(f" {os.getpid()}")
 
 
 # --- models and adapters ------------------------------------------------------------------------------

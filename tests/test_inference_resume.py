@@ -23,7 +23,7 @@ def kill_after(rows: int, number: int, pids) -> callable:
 
         def counting(self, new):
             append(self, new)
-            if len(self.rows) >= rows:
+            if new and len(self.rows) >= rows:
                 for pid in pids():
                     os.kill(pid, number)
                 if number == signal.SIGKILL:
@@ -38,13 +38,13 @@ def test_a_run_that_dies_again_and_again_ends_with_the_uninterrupted_files(
     run_inference, flags, uninterrupted_inference, tmp_path
 ):
     """kill -9 of the job, of an engine's process and of the parent, and SIGTERM: each start goes on from there."""
-    out = ["--output_file", tmp_path / "outputs.jsonl"]
+    out = ["--batch_size", 1, "--output_file", tmp_path / "outputs.jsonl"]
     kept = 0
     for rows, number, pids, code in (
         (2, signal.SIGKILL, lambda: [os.getpid()], 75),
-        (5, signal.SIGKILL, lambda: children_of(os.getpid())[-1:], 75),
-        (7, signal.SIGTERM, lambda: [os.getppid()], 75),
-        (9, signal.SIGKILL, lambda: [os.getppid()], -signal.SIGKILL),
+        (4, signal.SIGKILL, lambda: children_of(os.getpid())[-1:], 75),
+        (6, signal.SIGTERM, lambda: [os.getppid()], 75),
+        (8, signal.SIGKILL, lambda: [os.getppid()], -signal.SIGKILL),
     ):
         found, text = run_inference(*flags, *out, patch=kill_after(rows, number, pids)).wait()
         assert found == code, text

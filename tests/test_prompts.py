@@ -148,7 +148,6 @@ def test_partial_file_survives_any_cut(tmp_path_factory, cut):
     rows = [{"index": i, "key": f"k{i}", "output": "ü" * i} for i in range(8)]
     for row in rows:
         file.append([row])
-    file.close()
     path = folder / store.PARTIAL
     assert [json.loads(line) for line in path.read_text().splitlines()] == HEADER + rows
     data = path.read_bytes()
@@ -158,7 +157,6 @@ def test_partial_file_survives_any_cut(tmp_path_factory, cut):
     again = store.PartialFile(folder, {"seed": 1}, {"gpu_name": "A"})
     assert list(again.rows.values()) == rows[: max(0, complete - 2)]
     again.append(rows[-1:])
-    again.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == HEADER + rows[: max(0, complete - 2)] + rows[-1:]
 
@@ -172,11 +170,19 @@ def test_a_command_without_an_answer_claims_nothing(tmp_path):
     assert store.count_answers(file.path) == 0
 
 
+def test_the_file_goes_when_every_record_was_answered(tmp_path):
+    rows = [{"index": 0, "key": "a", "output": "x"}, {"index": 1, "key": "b", "error": "no"}]
+    for more, stays in ((rows, True), ([{"index": 1, "key": "b", "output": "y"}], False)):
+        file = store.PartialFile(tmp_path, {}, {})
+        file.append(more)
+        file.close()
+        assert file.path.exists() == stays
+
+
 def test_another_machine_is_remembered(tmp_path):
     for name in ("A", "A", "B"):
         file = store.PartialFile(tmp_path, {}, {"gpu_name": name})
         file.append([{"index": 0, "key": "", "output": "x"}])
-        file.close()
     assert [machine["gpu_name"] for machine in file.machines] == ["A", "B"]
 
 
