@@ -39,13 +39,12 @@ settings.load_profile("repository")
 
 
 def pytest_collection_modifyitems(items):
-    """`make test` runs two workers: one imports DeepSpeed, the other SGLang, and each file stays with one."""
+    """Quick files first, so that a slip shows in seconds. A file stays with one of the workers of `make test`: its
+    tests share runs and engines."""
     slow = ("test_training", "test_resume", "test_inference", "test_determinism")
-    items.sort(key=lambda item: item.path.stem in slow)  # quick files first: a slip shows in seconds
+    items.sort(key=lambda item: item.path.stem in slow)
     for item in items:
-        group = "inference" if "runtime" in item.fixturenames else item.path.stem
-        group = "training" if "libraries" in item.fixturenames and group != "inference" else group
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")
