@@ -140,6 +140,8 @@ def write(
         of_start = store.stored_summary(args.folder)
     summary = report.finish(args, inputs, chosen, records, partial, of_start)
     partial.close()
+    if not summary["failed_records"]:
+        partial.remove()
     return 3 if summary["failed_records"] else 0
 
 

@@ -170,15 +170,6 @@ def test_a_command_without_an_answer_claims_nothing(tmp_path):
     assert store.count_answers(file.path) == 0
 
 
-def test_the_file_goes_when_every_record_was_answered(tmp_path):
-    rows = [{"index": 0, "key": "a", "output": "x"}, {"index": 1, "key": "b", "error": "no"}]
-    for more, stays in ((rows, True), ([{"index": 1, "key": "b", "output": "y"}], False)):
-        file = store.PartialFile(tmp_path, {}, {})
-        file.append(more)
-        file.close()
-        assert file.path.exists() == stays
-
-
 def test_another_machine_is_remembered(tmp_path):
     for name in ("A", "A", "B"):
         file = store.PartialFile(tmp_path, {}, {"gpu_name": name})

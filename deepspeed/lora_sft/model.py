@@ -60,7 +60,7 @@ def add_adapters(model: PreTrainedModel, args: Arguments) -> PeftModel:
 
 def remember_parameters(model: PeftModel) -> None:
     """DeepSpeed asks the model and each decoder layer for its parameters whenever it gathers or releases one, and each
-    time walks through PEFT's modules, 80 a layer: a third more Python calls in a step. From here on they remember it."""
+    time walks through PEFT's modules, 80 a layer. From here on they remember the answer."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for module in (model, model.get_base_model(), *layers):
         module.named_parameters = functools.partial(_remembered, module, tuple(module.named_parameters()))

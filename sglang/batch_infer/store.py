@@ -149,14 +149,11 @@ class PartialFile:
         self._complete = self._out.tell()
 
     def close(self) -> None:
-        """Writes what is pending too: a run of failures only is finished, and keeps their reasons. Where every record
-        was answered the file goes."""
+        """Writes what is pending too: a run of failures only is finished, and keeps their reasons."""
         if self._pending:
             self._write(self._pending)
         if self._out is not None:
             self._out.close()
-        if not any("error" in row for row in self.rows.values()):
-            self.remove()
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
