@@ -219,13 +219,12 @@ def ours(
     set_up_environment(args, inputs, environment)
     engine_args.check_own(args.own_engine_args)
     records = records_of(work, args)
-    how = order.decide(args, records)
-    chosen = engine_args.decide(args, inputs.machine, inputs.model, records, how)
+    run = run_sglang.decide(args, inputs, records, records)
     (FOLDER / store.PARTIAL).unlink(missing_ok=True)
     partial = store.PartialFile(FOLDER, {}, {})
-    _, times = run_sglang.answer(args, inputs, chosen, how, records, partial, len(records))
+    times = run_sglang.answer(run, partial)
     partial.close()
-    return chosen, times, [partial.rows[record.index] for record in records]
+    return run.chosen, times, [partial.rows[record.index] for record in records]
 
 
 def theirs(
@@ -239,8 +238,7 @@ def theirs(
     )
     ours = dict.fromkeys(engine_args.environment(args))
     if args.device == "cpu":  # where they do not run
-        how = order.decide(args, records)
-        chosen, ours = engine_args.decide(args, inputs.machine, inputs.model, records, how), {}
+        chosen, ours = run_sglang.decide(args, inputs, records, records).chosen, {}
     set_up_environment(args, inputs, ours)
     started = start.start(args, chosen, inputs.model, records)
     batch, answers, began = int(row.partition("batches_")[2] or len(records)), [], time.monotonic()

@@ -13,6 +13,7 @@ import asyncio
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
@@ -27,6 +28,18 @@ from batch_infer.supervise import same_command, supervise
 from workbench import UserError
 from workbench.files import claim
 from workbench.processes import STOPPED
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is decided before the engine starts."""
+
+    args: Arguments
+    inputs: Inputs
+    records: list[Record]
+    todo: list[Record]  # of the records, those that have no answer yet
+    order: Order
+    chosen: EngineArgs
 
 
 def main(argv: list[str]) -> int:
@@ -60,19 +73,17 @@ def job(args: Arguments) -> int:
     partial, todo = store.open_run(args, records, inputs.made_on)
     report.print_start(records, todo)
 
-    to_run = todo or [record for record in records if not record.error]
-    run_order = order.decide(args, to_run)
-    chosen = engine_args.decide(args, inputs.machine, inputs.model, to_run, run_order)
-    stopped, times = False, report.Times()
+    run = decide(args, inputs, records, todo)
+    times = report.Times()
     if todo:
-        engine_args.print_choices(chosen)
-        total = sum(not record.error for record in records)
-        stopped, times = answer(args, inputs, chosen, run_order, todo, partial, total)
-    if stopped:
+        engine_args.print_choices(run.chosen)
+        times = answer(run, partial)
+    if times is None:
         done = sum("error" not in row for row in partial.rows.values())
+        total = sum(not record.error for record in records)
         print(f"stopped: {done} of {total} answers are kept; {same_command(args.overwrite)} goes on from there")
         return STOPPED
-    return write(args, inputs, chosen, records, todo, partial, times, began)
+    return write(run, partial, times, time.monotonic() - began)
 
 
 def set_up_environment(args: Arguments) -> None:
@@ -92,53 +103,46 @@ def tokenise(args: Arguments, inputs: Inputs) -> list[Record]:
     return prompts.tokenise(inputs.records, args, tokenizer, context, weights)
 
 
-def answer(
-    args: Arguments,
-    inputs: Inputs,
-    chosen: EngineArgs,
-    run_order: Order,
-    todo: list[Record],
-    partial: PartialFile,
-    total: int,
-) -> tuple[bool, report.Times]:
-    """Starts the engine and answers `todo`. Returns whether a signal stopped it, and the times."""
-    started = start.start(args, chosen, inputs.model, todo)
+def decide(args: Arguments, inputs: Inputs, records: list[Record], todo: list[Record]) -> Run:
+    """For what is still to answer; where nothing is, for all that was."""
+    to_run = todo or [record for record in records if not record.error]
+    run_order = order.decide(args, to_run)
+    chosen = engine_args.decide(args, inputs.machine, inputs.model, to_run, run_order)
+    return Run(args, inputs, records, todo, run_order, chosen)
+
+
+def answer(run: Run, partial: PartialFile) -> report.Times | None:
+    """Starts the engine and answers `run.todo`. None: a signal stopped it."""
+    args, total = run.args, sum(not record.error for record in run.records)
+    started = start.start(args, run.chosen, run.inputs.model, run.todo)
     engine, stopped = started.engine, asyncio.Event()
     start.stop_on_signals(engine, stopped)
     began = time.monotonic()
     pool_tokens = engine.get_server_info()["max_total_num_tokens"]
-    parts = order.parts(run_order, todo, chosen.values["dp_size"], pool_tokens)
+    parts = order.parts(run.order, run.todo, run.chosen.values["dp_size"], pool_tokens)
     try:
-        with report.progress(total, total - len(todo)) as on_rows:
+        with report.progress(total, total - len(run.todo)) as on_rows:
             work = generate.answer_all(
-                engine, parts, partial, stopped, on_rows, args.batch_size, run_order.schedule_policy
+                engine, parts, partial, stopped, on_rows, args.batch_size, run.order.schedule_policy
             )
             engine.loop.run_until_complete(work)
         generate_s = time.monotonic() - began
     finally:
         engine.shutdown()
-    return stopped.is_set(), report.Times(started.load_s, started.compile_s, generate_s)
+    return None if stopped.is_set() else report.Times(started.load_s, started.compile_s, generate_s)
 
 
-def write(
-    args: Arguments,
-    inputs: Inputs,
-    chosen: EngineArgs,
-    records: list[Record],
-    todo: list[Record],
-    partial: PartialFile,
-    times: report.Times,
-    began: float,
-) -> int:
+def write(run: Run, partial: PartialFile, times: report.Times, wall_s: float) -> int:
     """The files and the last lines; returns the exit code."""
-    store.export(Path(args.output_file), records, partial.rows, Path(args.model_path).name)
-    if todo or not (args.folder / store.SUMMARY).exists():
-        fresh = [partial.rows[r.index] for r in todo if "output" in partial.rows.get(r.index, {})]
-        gpus = chosen.values["dp_size"] * chosen.values["tp_size"]
-        of_start = report.rates(fresh, times, inputs, gpus) | {"wall_s": time.monotonic() - began}
+    args = run.args
+    store.export(Path(args.output_file), run.records, partial.rows, Path(args.model_path).name)
+    if run.todo or not (args.folder / store.SUMMARY).exists():
+        fresh = [partial.rows[r.index] for r in run.todo if "output" in partial.rows.get(r.index, {})]
+        gpus = run.chosen.values["dp_size"] * run.chosen.values["tp_size"]
+        of_start = report.rates(fresh, times, run.inputs, gpus) | {"wall_s": wall_s}
     else:  # nothing was generated: the times are those of the start before
         of_start = store.stored_summary(args.folder)
-    summary = report.finish(args, inputs, chosen, records, partial, of_start)
+    summary = report.finish(args, run.inputs, run.chosen, run.records, partial, of_start)
     partial.close()
     if not summary["failed_records"]:
         partial.remove()
