@@ -169,3 +169,27 @@ def test_an_answer_that_failed_once_succeeds_later(run_inference, flags, uninter
     assert code == 0, text
     assert f"{12 - failed} already answered" in text
     assert answers(tmp_path) == answers(uninterrupted_inference)
+
+
+def test_a_run_ends_when_its_bad_record_has_left_the_prompts(run_inference, tmp_path):
+    """Then no partial file stays, and the same command finds nothing to do. (No engine runs here.)"""
+
+    def answer_at_once() -> None:
+        import run_sglang
+
+        def answer(run, partial):
+            usage = {"prompt_tokens": 1, "cached_tokens": 0, "output_tokens": 1}
+            row = {"output": "x", "output_ids": [1], "finish_reason": "stop"} | usage
+            partial.append([row | {"index": record.index, "key": record.key} for record in run.todo])
+            return run_sglang.report.Times(1.0, 0.0, 1.0)
+
+        run_sglang.answer = answer
+
+    prompts, out = tmp_path / "rows.json", tmp_path / "out"
+    flags = ["--prompts", prompts, "--output_file", out / "outputs.jsonl"]
+    for rows, expected, left in ((["One.", ""], 3, True), (["One."], 0, False), (["One."], 0, False)):
+        prompts.write_text(json.dumps(rows))
+        code, text = run_inference(*flags, patch=answer_at_once).wait()
+        assert (code, (out / "outputs.partial.jsonl").exists()) == (expected, left), text
+        assert summary_of(out)["records"] == len(rows)
+    assert "nothing to do" in text

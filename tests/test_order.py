@@ -50,7 +50,7 @@ def test_plan_computes_each_prefix_first_and_stays_in_the_pool(prompts, answers,
     plan = depth_first(prompts, answers, pool)
     running, computed, started = set(), [], []
 
-    async def answer(i: int, is_computed) -> None:
+    async def answer(i: int, cached) -> None:
         started.append(i)
         running.add(i)
         edges = {tuple(prompts[k][: n + 1]) for k in running for n in range(len(prompts[k]))}
@@ -61,8 +61,8 @@ def test_plan_computes_each_prefix_first_and_stays_in_the_pool(prompts, answers,
         assert shared == longest  # whatever it shares with one before it is computed already
         await asyncio.sleep(0)
         computed.append(i)
-        if is_computed:
-            is_computed()
+        if cached:
+            cached()
         for _ in range((i * 7) % 5):
             await asyncio.sleep(0)
         running.discard(i)
@@ -75,7 +75,7 @@ def test_record_that_fails_holds_nobody_back():
     plan = depth_first([[1, 2], [1, 3]], [1, 1], 100)
     done = []
 
-    async def answer(i: int, is_computed) -> None:
+    async def answer(i: int, cached) -> None:
         done.append(i)  # the first never says that its prompt is computed, as when its request is refused
 
     asyncio.run(asyncio.wait_for(follow(plan, answer, asyncio.Semaphore(2)), 5))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from harness import ROOT
-from lora_sft import data, machine, preflight
+from lora_sft import machine, memory, preflight
 from lora_sft.arguments import Arguments, read_zero_config
 from workbench import UserError
 from workbench import machine as workbench_machine
@@ -16,12 +16,9 @@ from workbench.models import explain_hub_error
 
 
 def test_the_likely_most_answer_tokens_of_a_micro_batch():
-    labels = np.full((100, 10), data.IGNORE, np.int32)
-    labels[:10, :] = 1  # a tenth of the rows is all answer
-    packed = data.Packed(labels, labels, labels, np.full(100, 10))
-    assert packed.largest_answer_share(1) == 1.0
-    assert packed.largest_answer_share(25) == pytest.approx(0.1 + 3 * 0.3 / 5)
-    assert packed.largest_answer_share(100) == pytest.approx(0.1)
+    answer_tokens = np.array([10] * 10 + [0] * 90)  # a tenth of the rows is all answer
+    shares = [memory.largest_answer_share(answer_tokens, 10, rows) for rows in (1, 25, 100)]
+    assert shares == pytest.approx([1.0, 0.1 + 3 * 0.3 / 5, 0.1])
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

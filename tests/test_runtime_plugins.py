@@ -381,7 +381,7 @@ def test_a_seeded_token_does_not_depend_on_its_batch_on_a_gpu():
 
 
 def draw_in_parts_on_a_gpu() -> None:
-    draw_in_parts("cuda", vocabulary=152064, rows=805, draws=80500, scale=4.0)
+    draw_in_parts("cuda", vocabulary=152064, rows=805, draws=80500, scale=2.0)
 
 
 def norm_in_parts() -> None:

@@ -10,6 +10,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from .model import logits_of
 from .run_folder import ADAPTER
 
 log = logging.getLogger("lora_sft")
@@ -32,9 +33,13 @@ def gathered(engine) -> dict[str, torch.Tensor]:
     """The adapter's full tensors on the CPU, under the names of the live parameters. Collective: call it on every
     rank. Gathers LoRA tensors only (some 100 MB), never the base."""
     engine.empty_partition_cache()  # none may be on its way, with a layer gathered ahead
-    adapter = {name: p for name, p in engine.module.named_parameters() if "lora_" in name}
+    adapter = lora_parameters(engine)
     with deepspeed.zero.GatheredParameters(list(adapter.values())):
         return {name: parameter.detach().cpu().clone() for name, parameter in adapter.items()}
+
+
+def lora_parameters(engine) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in engine.module.named_parameters() if "lora_" in name}
 
 
 def problems(stored: dict[str, torch.Tensor], expected_keys: set[str], learning: bool = True) -> list[str]:
@@ -64,7 +69,6 @@ def check(engine, folder: Path, batch: dict[str, torch.Tensor], learning: bool =
     the file's tensors (logits [B, S, V] must be the trained ones again, bit for bit). Collective. Returns
     one line for the log; raises AdapterError on every rank.
     """
-    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     # Under the names of the saved file.
     live = get_peft_model_state_dict(engine.module, gathered(engine), save_embedding_layers=False)
     stored = load_file(folder / ADAPTER)
@@ -75,7 +79,7 @@ def check(engine, folder: Path, batch: dict[str, torch.Tensor], learning: bool =
         raise AdapterError(f"{folder / ADAPTER}: " + "; ".join(found[:5]))
 
     def logits() -> torch.Tensor:
-        result = engine(**inputs).logits
+        result = logits_of(engine, batch)
         engine.optimizer.empty_partition_cache()  # a tensor that is being gathered ahead cannot be written to
         return result
 
@@ -101,7 +105,7 @@ def check(engine, folder: Path, batch: dict[str, torch.Tensor], learning: bool =
 
 def overwrite(engine, tensors: dict[str, torch.Tensor]) -> None:
     """Writes `tensors` (names of the saved file) into the live adapter. Collective."""
-    adapter = {name: p for name, p in engine.module.named_parameters() if "lora_" in name}
+    adapter = lora_parameters(engine)
     with deepspeed.zero.GatheredParameters(list(adapter.values()), modifier_rank=0):
         if dist.get_rank() == 0:
             for name, parameter in adapter.items():

@@ -9,7 +9,12 @@ give other ids than the served ones.)
 
 Several documents share a row (best-fit packing). They cannot see each other: `position_ids` restart at 0
 per document and no `attention_mask` is passed, from which transformers builds a block-diagonal mask, but
-only with `use_cache=False`. `watch.packing_self_test` checks that at start-up.
+only with `use_cache=False`. `watch.packing_self_test` checks that at start-up. Two documents in a row of 8, with <s> = 1,
+</s> = 2 and padding 0:
+
+    input_ids     1  306 4966   2 |  1  910   2 |  0
+    labels     -100 -100 4966   2 | -100 910   2 | -100     (answers_only shifts them by one)
+    position_ids  0    1    2   3 |  0    1   2 |  0
 """
 
 import bisect
@@ -81,15 +86,13 @@ class Packed:
         return {name: getattr(self, name)[row].astype(np.int64) for name in names}
 
     @property
-    def trained_tokens(self) -> int:
-        return int((self.labels != IGNORE).sum())
+    def answer_tokens(self) -> np.ndarray:
+        """[rows]: positions that have a label."""
+        return (self.labels != IGNORE).sum(axis=1)
 
-    def largest_answer_share(self, rows_per_micro_batch: int) -> float:
-        """Share of a micro-batch's positions with a label that hardly any micro-batch of a run exceeds: the mean of
-        so many random rows and three standard deviations, and no more than the fullest rows have."""
-        counts = np.sort((self.labels != IGNORE).sum(axis=1))[::-1]
-        likely = counts.mean() + 3 * counts.std() / rows_per_micro_batch**0.5
-        return float(min(likely, counts[:rows_per_micro_batch].mean()) / self.labels.shape[1])
+    @property
+    def trained_tokens(self) -> int:
+        return int(self.answer_tokens.sum())
 
     def report(self) -> dict:
         """Shares and counts for summary.json. Shares are of all positions, filler rows included."""
@@ -216,8 +219,8 @@ def set_up_tokenizer(tokenizer) -> None:
 def tokenise(rows: list[dict[str, str]], tokenizer, max_seq_len: int) -> tuple[list[Document], TextCounts]:
     """Rows -> documents of at most `max_seq_len` tokens.
 
-    A token belongs to the answer if it starts at or after the answer's first character; one that crosses
-    the boundary belongs to the prompt. An over-long document loses tokens from the left of its prompt,
+    A token belongs to the answer if it starts where the prompt ends or later; one that crosses the boundary belongs
+    to the prompt. An over-long document loses tokens from the left of its prompt,
     never from its answer; a row whose answer alone does not fit is skipped and counted.
     """
     counts = TextCounts(rows=len(rows))

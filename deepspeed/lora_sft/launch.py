@@ -115,10 +115,8 @@ def join_ranks(device: str) -> dict:
 
     if device == "cuda":
         share_cores(int(os.environ["WORLD_SIZE"]))
-        rank = int(os.environ["LOCAL_RANK"])
-        torch.cuda.set_device(rank)
         if cap := os.environ.get("GPU_MEMORY_CAP_GIB"):
-            total = torch.cuda.get_device_properties(rank).total_memory
+            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, float(cap) * 2**30 / total))
         if torch.__version__ < "2.8":  # the V100's; later ones do it unasked
             # Otherwise a gathered layer waits for NCCL's stream before its memory can be used again.

@@ -4,6 +4,8 @@ Bytes are counted from what PyTorch allocates; tests hold the parts to the tenso
 five published shapes, and their sum to what GPUs measured.
 """
 
+import numpy as np
+
 from workbench import UserError
 from workbench.machine import GIB
 
@@ -50,6 +52,14 @@ def gathered_parameters(base: dict[str, int], layer: float, args: Arguments, zer
     layers = max(zero.get("stage3_max_live_parameters", 1e9), again, layer)
     outside = sum(size for name, size in base.items() if ".layers." not in name)  # embedding and head
     return min(layers + outside, total)
+
+
+def largest_answer_share(answer_tokens: np.ndarray, max_seq_len: int, rows_per_micro_batch: int) -> float:
+    """Share of a micro-batch's positions with logits that hardly any micro-batch of a run exceeds: the mean of so many
+    random rows and three standard deviations, and no more than the fullest rows have. `answer_tokens` [rows]."""
+    counts = np.sort(answer_tokens)[::-1]
+    likely = counts.mean() + 3 * counts.std() / rows_per_micro_batch**0.5
+    return float(min(likely, counts[:rows_per_micro_batch].mean()) / max_seq_len)
 
 
 def predict(

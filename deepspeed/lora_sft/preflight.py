@@ -24,22 +24,22 @@ PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
-class Model:
+class FoundModel:
     model_folder: str
     model_revision: str | None  # on the hub
     weights_id: str  # the revision, or a hash of a local folder's weights
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Which rows are trained and evaluated on, in this order."""
+class DataHashes:
+    """Of the rows that are trained and evaluated on, in this order."""
 
     data_sha256: str
     data_revision: str | None  # on the hub
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Packing:
     """`Packed.report()` of both splits; `answer_share` of a micro-batch's positions have logits."""
 
     train: dict
@@ -60,7 +60,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Plan(Gpus, Model, Rows, Tokens, Sizes):
+class Plan(Gpus, FoundModel, DataHashes, Packing, Sizes):
     """All that the ranks need to know, and run_config.json keeps."""
 
     versions: dict[str, str]
@@ -82,13 +82,13 @@ def run(args: Arguments, zero_config: dict, work_dir: Path) -> int:
         table.check("GPU link", lambda: look_at_links(gpus))
         table.row("PASS", "precision", f"{gpus.dtype}: {gpus.dtype_reason}")
     model = table.find("model", lambda: look_at_model(args))
-    rows = table.find("data", lambda: look_at_data(args))
-    tokens = sizes = None
-    if gpus and model and rows:
-        train, held_out, rows = rows
-        tokens = table.find("tokens", lambda: tokenise(args, model, gpus.world_size, train, held_out, work_dir))
-    if tokens:
-        sizes = table.find("LoRA", lambda: look_at_lora(args, zero_config, model, gpus, tokens.answer_share))
+    found = table.find("data", lambda: look_at_data(args))
+    packing = sizes = None
+    if gpus and model and found:
+        to_train, held_out, hashes = found
+        packing = table.find("tokens", lambda: pack_rows(args, model, gpus, to_train, held_out, work_dir))
+    if packing:
+        sizes = table.find("LoRA", lambda: look_at_lora(args, zero_config, model, gpus, packing.answer_share))
     elif not args.download_only:
         table.row("SKIP", "the rest", "needs what failed above")
     if sizes:
@@ -100,7 +100,7 @@ def run(args: Arguments, zero_config: dict, work_dir: Path) -> int:
     if table.first_failure:
         raise UserError(table.first_failure)
     if sizes:
-        parts = (gpus, model, rows, tokens, sizes)
+        parts = (gpus, model, hashes, packing, sizes)
         plan = Plan(**{name: value for part in parts for name, value in vars(part).items()}, versions=installed)
         write_json(work_dir / PLAN, asdict(plan))
     return 0
@@ -127,23 +127,23 @@ def look_at_names(args: Arguments) -> None:
 # --- model and data -----------------------------------------------------------------------------------
 
 
-def look_at_model(args: Arguments) -> tuple[Model, str]:
+def look_at_model(args: Arguments) -> tuple[FoundModel, str]:
     """Finds or fetches the model."""
     folder, revision, found = find_model(args.model_name_or_path, "--model_name_or_path", PROGRAM)
-    return Model(str(folder), revision, revision or weights_fingerprint(folder)), found
+    return FoundModel(str(folder), revision, revision or weights_fingerprint(folder)), found
 
 
-def look_at_data(args: Arguments) -> tuple[tuple[list[dict], list[dict], Rows], str]:
+def look_at_data(args: Arguments) -> tuple[tuple[list[dict], list[dict], DataHashes], str]:
     """(rows to train on, rows to evaluate on, which they are)."""
     path = Path(args.data_path)
     if path.exists():
         train, test, revision = data.read_file(path), [], None
     else:
         train, test, revision = fetch_rows(args.data_path)
-    chosen, held_out = data.split_rows(train, test, args.max_train_rows, args.max_eval_rows, args.seed)
-    rows = Rows(data.rows_sha256(chosen, held_out), revision)
-    text = f"{args.data_path}: {len(chosen):,} of {len(train):,} rows to train, {len(held_out):,} to evaluate"
-    return (chosen, held_out, rows), text
+    to_train, held_out = data.split_rows(train, test, args.max_train_rows, args.max_eval_rows, args.seed)
+    hashes = DataHashes(data.rows_sha256(to_train, held_out), revision)
+    text = f"{args.data_path}: {len(to_train):,} of {len(train):,} rows to train, {len(held_out):,} to evaluate"
+    return (to_train, held_out, hashes), text
 
 
 def fetch_rows(name: str) -> tuple[list[dict], list[dict], str]:
@@ -158,17 +158,17 @@ def fetch_rows(name: str) -> tuple[list[dict], list[dict], str]:
     raise UserError(explain_hub_error(name, "dataset", problem, "--data_path", PROGRAM)) from problem
 
 
-def tokenise(
-    args: Arguments, model: Model, world_size: int, train: list[dict], held_out: list[dict], work_dir: Path
-) -> tuple[Tokens, str]:
-    """Rows -> train.npz and eval.npz in `work_dir`."""
+def pack_rows(
+    args: Arguments, model: FoundModel, gpus: Gpus, to_train: list[dict], held_out: list[dict], work_dir: Path
+) -> tuple[Packing, str]:
+    """Rows -> train.npz and eval.npz in `work_dir`, which the ranks read."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model.model_folder)
     data.set_up_tokenizer(tokenizer)
-    per_forward = world_size * args.rows_per_micro_batch
+    per_forward = gpus.world_size * args.rows_per_micro_batch
     per_step = per_forward * args.gradient_accumulation_steps
-    packed = data.prepare(train, tokenizer, args.max_seq_len, per_step, "train")
+    packed = data.prepare(to_train, tokenizer, args.max_seq_len, per_step, "train")
     evaluation = data.prepare(held_out, tokenizer, args.max_seq_len, per_forward, "eval")
     packed.save(work_dir / "train.npz")
     evaluation.save(work_dir / "eval.npz")
@@ -179,14 +179,15 @@ def tokenise(
         f"{report['padding_share']:.1%} padding, {report['trained_share']:.0%} trained; {report['prompt_cut']} cut, "
         f"{skipped} skipped, {report['space_inserted']} joined by a space"
     )
-    return Tokens(report, evaluation.report(), packed.largest_answer_share(args.rows_per_micro_batch)), text
+    share = memory.largest_answer_share(packed.answer_tokens, args.max_seq_len, args.rows_per_micro_batch)
+    return Packing(report, evaluation.report(), share), text
 
 
 # --- LoRA, ZeRO, memory, disk -------------------------------------------------------------------------
 
 
 def look_at_lora(
-    args: Arguments, zero_config: dict, model: Model, gpus: Gpus, answer_share: float
+    args: Arguments, zero_config: dict, model: FoundModel, gpus: Gpus, answer_share: float
 ) -> tuple[Sizes, str]:
     """Builds the model without memory ("meta"), counts, and predicts the peak."""
     import torch

@@ -127,10 +127,11 @@ def open_run(folder: Path, args: Arguments, zero_config: dict, plan: "Plan") -> 
     check_same_inputs(folder, plan)
     config = {"identity": args.identity(zero_config), "arguments": asdict(args), "plan": asdict(plan)}
     write_json(folder / CONFIG, config | {"commit": commit()})
-    latest = latest_checkpoint(folder)
-    if latest is None:
+    complete = complete_checkpoints(folder)
+    forget_after(folder, complete)
+    if not complete:
         (folder / EVAL_BEFORE).unlink(missing_ok=True)
-    return latest
+    return complete[-1] if complete else None
 
 
 def add_to_config(folder: Path, **values) -> None:
@@ -160,9 +161,8 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted((marker.parent for marker in folder.glob(f"checkpoint-*/{MARKER}")), key=step_of)
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; removes half-written ones, and metrics rows after that step."""
-    complete = complete_checkpoints(folder)
+def forget_after(folder: Path, complete: list[Path]) -> None:
+    """Removes half-written checkpoints, and metrics rows after the newest of the `complete` ones."""
     for path in set(folder.glob("checkpoint-*")) - set(complete):
         shutil.rmtree(path)
     metrics = folder / METRICS
@@ -172,7 +172,6 @@ def latest_checkpoint(folder: Path) -> Path | None:
         temporary = metrics.with_suffix(".tmp")
         temporary.write_text("".join(f"{row}\n" for row in rows))
         temporary.replace(metrics)
-    return complete[-1] if complete else None
 
 
 def _step_in(line: str) -> float:

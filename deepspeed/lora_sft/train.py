@@ -1,6 +1,5 @@
 """One rank, from start to end: Trainer on packed rows, the loss per answer token, evaluation before and after."""
 
-import functools
 import gc
 import logging
 import sys
@@ -32,7 +31,10 @@ def train(
 ) -> int:
     """Trains as one of the ranks. Returns the exit code: 0 finished, 75 stopped and resumable."""
     folder = Path(args.output_dir)
-    hf_args = training_arguments(args, plan, **join_ranks(args.device))
+    of_device = join_ranks(args.device)
+    hf_args = training_arguments(
+        args, plan, **of_device
+    )  # before the model: zero.Init finds the ZeRO JSON through it
     tokenizer = AutoTokenizer.from_pretrained(plan.model_folder)
     set_up_tokenizer(tokenizer)
     train_rows, eval_rows = Packed.load(work_dir / "train.npz"), Packed.load(work_dir / "eval.npz")
@@ -46,12 +48,16 @@ def train(
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
-    evaluation = functools.partial(evaluate_on, trainer, eval_rows)
+
+    def evaluation() -> float:
+        # The model in DeepSpeed's engine, which exists once trainer.train() has begun.
+        return evaluate(trainer.model_wrapped, eval_rows, args.rows_per_micro_batch, hf_args.device)
+
     log.info("resuming from %s" if resume_from else "starting at step 0%s", resume_from or "")
     # Metrics, progress, overflow, a stop request, checkpoint markers.
-    with watch.watching(trainer, args, plan, evaluation, stop) as run:
+    with watch.watching(trainer, args, plan, evaluation, stop) as stopping:
         trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
-    if run.stopped:
+    if stopping.stopped:
         log.info("stopped at step %d, checkpoint saved; the same command resumes", trainer.state.global_step)
         return STOPPED
 
@@ -59,10 +65,6 @@ def train(
     trainer.save_model()
     adapter.check_saved(trainer, folder, to_device(eval_rows, slice(0, 1), hf_args.device))
     report.finish(args, plan, folder, eval_loss_after, hf_args.device, started_s)
-    del trainer, model, evaluation, run
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
     return 0
 
 
@@ -117,6 +119,9 @@ class PackedTrainer(Trainer):
                 f"{sorted(inputs)}: with an attention_mask packed documents would see each other"
             )
         self.last_micro_batch = inputs
+        # Trainer's step is forward and backward (DeepSpeed's engine then steps AdamW). `labels` only tells the model to
+        # compute a loss: transformers' ForCausalLMLoss takes the cross-entropy of `shift_labels` instead, and divides
+        # its sum by the answer tokens of all ranks and micro-batches of the step, `num_items_in_batch`.
         with answers_only(model, inputs["labels"]) as shift_labels:
             inputs = {**inputs, "shift_labels": shift_labels, "use_cache": False}
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -156,13 +161,6 @@ def evaluate(model: torch.nn.Module, packed: Packed, rows_per_micro_batch: int, 
     return (total[0] / total[1]).item()
 
 
-def evaluate_on(trainer: Trainer, packed: Packed) -> float:
-    """`evaluate` the model that `trainer` trains."""
-    return evaluate(
-        trainer.model_wrapped, packed, trainer.args.per_device_train_batch_size, trainer.args.device
-    )
-
-
 def train_rank(
     args: Arguments, plan: Plan, work_dir: Path, resume_from: Path | None, stop: StopRequest, rank: int
 ) -> int:
@@ -171,7 +169,11 @@ def train_rank(
     set_up_logging(folder, rank)
     stop.install()
     try:
-        return train(args, plan, work_dir, resume_from, stop, started_s)
+        code = train(args, plan, work_dir, resume_from, stop, started_s)
+        gc.collect()  # DeepSpeed's engine ends before the process group that it uses
+        dist.barrier()
+        dist.destroy_process_group()
+        return code
     except UserError:
         raise
     except torch.cuda.OutOfMemoryError as error:

@@ -1,7 +1,12 @@
-"""Every record in flight: the engine, one request, all requests, and rows that are on disk as they end."""
+"""Every record in flight: the engine, one request, all requests, and rows that are on disk as they end.
+
+answer_all -> ask_all -> order.follow, a task a record -> row_of -> ask -> engine.async_generate
+           -> a queue of finished rows -> PartialFile.append
+"""
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Awaitable, Callable
 
 from workbench import UserError
@@ -13,7 +18,9 @@ from .store import PartialFile, answer_row, failure_row
 
 WAITING_FOR_LPM = 128  # above this many waiting requests lpm silently becomes fcfs (schedule_policy.py)
 
-Computed = Callable[[], None] | None  # to be called once a prompt's KV is in the radix tree
+Told = (
+    Callable[[], None] | None
+)  # to be called once a prompt's KV is in the radix tree; None: nobody waits for it
 
 
 def start_engine(values: dict[str, object]):
@@ -26,26 +33,26 @@ def start_engine(values: dict[str, object]):
 
 
 async def ask(
-    engine, record: Record, copy: int | None, computed: Computed, waiting: asyncio.Semaphore | None
+    engine, record: Record, copy: int | None, cached: Told, waiting: asyncio.Semaphore | None
 ) -> dict:
     """Asks the engine for one record and returns the last result that it gives.
 
     engine.async_generate takes input_ids (a list of ints), sampling_params, lora_path (the record's adapter),
     routed_dp_rank (the `copy` of the engine; None: any) and stream. Awaited it gives the result; with stream=True an
     async iterator of results, each with all text so far. If `waiting` is not None a record holds it until its
-    first token; then `computed`, if it is not None, is to be called: others wait for this prompt's KV. Without both
+    first token; then `cached`, if it is not None, is to be called: others wait for this prompt's KV. Without both
     nobody needs to know of the first token, and a stream would only cost time."""
     # Problem 2b: ask, and return the last result.
     request = {"input_ids": record.input_ids, "lora_path": record.lora, "routed_dp_rank": copy}
-    if waiting is None and computed is None:
+    if waiting is None and cached is None:
         return await engine.async_generate(**request, sampling_params=record.sampling_params)
     # A stream only tells when the first token is there: it sends the first and the last.
     params = record.sampling_params | {"stream_interval": 2**30}
     async with waiting or contextlib.nullcontext():
         stream = await engine.async_generate(**request, sampling_params=params, stream=True)
         result = await anext(stream)
-    if computed:
-        computed()
+    if cached:
+        cached()
     async for result in stream:  # noqa: B007 (each chunk holds all text so far)
         pass
     return result
@@ -54,28 +61,24 @@ async def ask(
 
 async def ask_all(
     parts: list[Part],
-    answer: Callable[[Record, int | None, Computed], Awaitable[None]],
+    answer: Callable[[Part, int, Told], Awaitable[None]],
     in_flight: asyncio.Semaphore,
 ) -> None:
     """Puts the records of all `parts` in flight at once, as far as `in_flight` lets them, and returns when all are
-    answered. No part waits for another. `answer(record, part.copy, computed)` answers one; order.follow(part.plan,
-    function, in_flight) calls function(i, computed) for each index i of part.records, as early as the plan allows,
-    and returns when these are answered."""
+    answered. No part waits for another. `answer(part, i, cached)` answers part.records[i]; order.follow(part.plan,
+    function, in_flight) calls function(i, cached) for each index i of part.records, as early as the plan allows, and
+    returns when these are answered."""
     # Problem 2c: follow the plans of all parts together, and wait for them.
     async with asyncio.TaskGroup() as followed:
-        for copys_part in parts:
-
-            def answer_one(i: int, computed: Computed, part: Part = copys_part) -> Awaitable[None]:
-                return answer(part.records[i], part.copy, computed)
-
-            followed.create_task(order.follow(copys_part.plan, answer_one, in_flight))
+        for part in parts:
+            followed.create_task(order.follow(part.plan, functools.partial(answer, part), in_flight))
     # End of problem 2c
 
 
-async def row_of(engine, record: Record, copy: int | None, computed: Computed, waiting) -> dict:
+async def row_of(engine, record: Record, copy: int | None, cached: Told, waiting) -> dict:
     """The record's row for the partial file: its answer, or why there is none."""
     try:
-        result = await ask(engine, record, copy, computed, waiting)
+        result = await ask(engine, record, copy, cached, waiting)
     except UserError:
         raise
     except Exception as error:  # whatever it is, it is this record's
@@ -103,8 +106,8 @@ async def answer_all(
     waiting = asyncio.Semaphore(WAITING_FOR_LPM) if schedule_policy == "lpm" else None
     finished: asyncio.Queue[dict] = asyncio.Queue()
 
-    async def answer(record: Record, copy: int | None, computed: Computed) -> None:
-        finished.put_nowait(await row_of(engine, record, copy, computed, waiting))
+    async def answer(part: Part, i: int, cached: Told) -> None:
+        finished.put_nowait(await row_of(engine, part.records[i], part.copy, cached, waiting))
 
     async def write() -> None:
         left = total
@@ -121,6 +124,7 @@ async def answer_all(
         asyncio.create_task(write()),
     ]
     work, stop = asyncio.gather(*tasks), asyncio.create_task(stopped.wait())
+    # Three ends: every row is written; a bug or a full disk; a signal (the engine's shutdown ends what is in flight).
     try:
         await asyncio.wait([work, stop], return_when=asyncio.FIRST_COMPLETED)
         if work.done():

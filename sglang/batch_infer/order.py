@@ -210,20 +210,20 @@ Answer = Callable[[int, Callable[[], None] | None], Awaitable[None]]
 
 
 async def follow(plan: Plan, answer: Answer, in_flight: asyncio.Semaphore) -> None:
-    """Runs `answer(i, computed)` for each request, as early as the plan and `in_flight` allow. If `computed` is
-    not None others wait for it: to be called once the prompt's KV is in the tree, that is with the first token."""
-    computed = {i: asyncio.Event() for i in set(plan.opener.values())}
+    """Runs `answer(i, cached)` for each request, as early as the plan and `in_flight` allow. If `cached` is not None
+    others wait for it: to be called once the prompt's KV is in the tree, that is with the first token."""
+    cached_events = {i: asyncio.Event() for i in set(plan.opener.values())}
     used_tokens, finished = 0, asyncio.Event()
 
     async def run(i: int) -> None:
         nonlocal used_tokens
         try:
             if i in plan.opener:
-                await computed[plan.opener[i]].wait()
-            await answer(i, computed[i].set if i in computed else None)
+                await cached_events[plan.opener[i]].wait()
+            await answer(i, cached_events[i].set if i in cached_events else None)
         finally:
-            if i in computed:
-                computed[i].set()  # whatever became of it, nobody waits for it any longer
+            if i in cached_events:
+                cached_events[i].set()  # whatever became of it, nobody waits for it any longer
             if plan.leaves:
                 used_tokens += plan.change_tokens(i, -1)
             in_flight.release()

@@ -20,7 +20,8 @@ OPTIONAL_KEYS = ("regex", "json_schema", "lora")
 
 @dataclass(frozen=True)
 class Record:
-    """One prompt. `read` fills the first five fields, `tokenise` the rest."""
+    """One prompt. `read` fills the fields up to `lora` and `tokenise` the next three; each may add an `error`, as
+    adapters.check_all does."""
 
     index: int
     instruction: str

@@ -193,7 +193,7 @@ def run_workload(engine, workload: Workload, planned: bool, pool_tokens: int) ->
         ]
         plan = depth_first(first, more, pool_tokens)
 
-    async def converse(i: int, computed) -> None:
+    async def converse(i: int, cached) -> None:
         nonlocal cached_tokens
         prompt, arrived = [], began
         for number, new in enumerate(conversations[i]):
@@ -201,8 +201,8 @@ def run_workload(engine, workload: Workload, planned: bool, pool_tokens: int) ->
             stream = await engine.async_generate(input_ids=prompt, sampling_params=GREEDY, stream=True)
             result = await anext(stream)
             ttft_s.append(time.monotonic() - arrived)
-            if computed:
-                computed()
+            if cached:
+                cached()
             async for result in stream:  # noqa: B007 (the last chunk counts)
                 pass
             if result["meta_info"]["finish_reason"]["type"] != "length":
