@@ -17,6 +17,7 @@ from lora_sft import launch, run_folder
 from lora_sft.arguments import REHEARSAL, TINY_MODEL, Arguments, parse, read_zero_config
 from workbench import UserError
 from workbench.files import claim, disk_full
+from workbench.processes import use_short_tmpdir
 
 
 def main(argv: list[str]) -> int:
@@ -68,6 +69,7 @@ def run(args: Arguments, zero_config: dict, folder: Path, work_dir: Path) -> int
 
 def set_up_environment(args: Arguments) -> None:
     """What the libraries read at import."""
+    use_short_tmpdir()
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU was asked for: no library may find a GPU
         cores = len(os.sched_getaffinity(0))

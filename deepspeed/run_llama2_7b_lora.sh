@@ -29,19 +29,22 @@ fi
 
 # The job runs in its own process session, so a signal that reaches this script reaches nothing else: it only
 # leaves a file, which the ranks find at the end of a step. (bash handles a trap only while it waits.)
+[ -w "${TMPDIR:-/tmp}" ] || export TMPDIR=/tmp  # a TMPDIR of another job, or of none
 STOP_FILE=$(mktemp -u "${TMPDIR:-/tmp}/lora_stop.XXXXXX")
 export STOP_FILE
+stopping=0
 setsid python "$here/main.py" "$@" &
 job=$!
 
 # shellcheck disable=SC2329
 stop() {
-    if [ -e "$STOP_FILE" ] && [ "$1" = INT ]; then
+    if [ "$stopping" = 1 ] && [ "$1" = INT ]; then
         echo "killed without saving; the same command resumes from the last checkpoint" >&2 || true
         kill -KILL -- "-$job" 2>/dev/null || true
         return
     fi
-    touch "$STOP_FILE" || true
+    stopping=1
+    touch "$STOP_FILE" 2>/dev/null || kill -TERM -- "-$job" || true  # the folder is gone: every rank hears it itself
     echo "stopping at the end of this step and saving (Ctrl-C again: kill without saving)" >&2 || true
 }
 for name in HUP INT TERM USR1; do

@@ -27,7 +27,7 @@ from batch_infer.store import PartialFile
 from batch_infer.supervise import same_command, supervise
 from workbench import UserError
 from workbench.files import claim
-from workbench.processes import STOPPED
+from workbench.processes import STOPPED, use_short_tmpdir
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,12 @@ def job(args: Arguments) -> int:
 
 def set_up_environment(args: Arguments) -> None:
     """What libraries and the engine's processes read."""
+    use_short_tmpdir()
     os.environ |= engine_args.environment(args)
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "10")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if args.device == "cpu" and not os.access(Path.home(), os.W_OK):  # importing FlashInfer makes its folder
+        os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", os.environ.get("TMPDIR", "/tmp"))
     report.quiet_libraries(args)
 
 

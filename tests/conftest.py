@@ -38,15 +38,10 @@ settings.register_profile("repository", deadline=None, database=None, max_exampl
 settings.load_profile("repository")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in a hook of its own
 def pytest_collection_modifyitems(items):
-    """What takes longest comes first, so that the two workers of `make test` end together. A file stays with one of them,
-    because its tests share runs and engines, and so do all tests of the trained `adapter`."""
-    longest = ("adapter", "test_training", "test_inference", "test_radix_lab", "test_constrained_lab")
-    group = {item: "adapter" if "adapter" in item.fixturenames else item.path.stem for item in items}
-    items.sort(key=lambda item: group[item] not in longest)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group[item]))
+    """The longest files first, so that the two workers of `make test`, which take a file each, end together."""
+    longest = ("test_training", "test_resume", "test_inference", "test_jump_forward", "test_radix_lab")
+    items.sort(key=lambda item: item.path.stem not in longest)
 
 
 @pytest.fixture(scope="session")

@@ -161,8 +161,12 @@ def test_records_that_a_full_pool_puts_back_are_counted(
 
 
 def test_the_program_as_it_is(uninterrupted_inference, flags, tiny_qwen2, tmp_path):
-    """With stock spawned processes and nothing set in the environment: the same bytes."""
-    env = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "VIRTUAL_ENV")}
+    """With stock spawned processes and nothing set in the environment but a home that is not there and a TMPDIR too long
+    for a socket: the same bytes, in a folder with a space in its name."""
+    long = tmp_path / ("scratch_of_a_project_" * 5)
+    long.mkdir()
+    env = {key: value for key, value in os.environ.items() if key in ("PATH", "VIRTUAL_ENV")}
+    env |= {"HOME": "/dev/null/home", "TMPDIR": str(long)}
     command = [
         sys.executable,
         ROOT / "sglang" / "run_sglang.py",
@@ -172,7 +176,7 @@ def test_the_program_as_it_is(uninterrupted_inference, flags, tiny_qwen2, tmp_pa
         *flags,
     ]
     done = subprocess.run(
-        [str(word) for word in (*command, "--output_file", tmp_path / "outputs.jsonl")],
+        [str(word) for word in (*command, "--output_file", tmp_path / "my out" / "outputs.jsonl")],
         env=env,
         cwd=tmp_path,
         capture_output=True,
@@ -180,7 +184,7 @@ def test_the_program_as_it_is(uninterrupted_inference, flags, tiny_qwen2, tmp_pa
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert answers(tmp_path) == answers(uninterrupted_inference)
+    assert answers(tmp_path / "my out") == answers(uninterrupted_inference)
     for unwanted in ("Warning", "Traceback", "No CUDA runtime"):
         assert unwanted not in done.stdout + done.stderr
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from harness import ROOT, fork
+from lora_sft.launch import StopRequest
 from workbench import UserError
+from workbench.processes import use_short_tmpdir
 
 SCRIPT = ROOT / "deepspeed" / "run_llama2_7b_lora.sh"
 ENV = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix}
@@ -39,11 +41,12 @@ def test_help_exits_0(tmp_path):
 
 
 def test_works_from_another_folder_and_stops_on_a_signal_to_bash_alone(quick, libraries, tmp_path):
-    """SIGTERM to the script only (not its group): saves, exits 75; the same command finishes the run."""
+    """SIGTERM to the script only (not its group): saves, exits 75; the same command finishes the run. With a TMPDIR that
+    is gone, and what mpirun sets for another program."""
     data = (ROOT / "rehearsal" / "preferences.jsonl").read_text()
     (tmp_path / "my rows.jsonl").write_text(data)  # relative to the caller, with a space in its name
     flags = [*quick, "--data_path", "my rows.jsonl", "--output_dir", "my out", "--save_steps", "100"]
-    run = launch(*flags, cwd=tmp_path)
+    run = launch(*flags, cwd=tmp_path, TMPDIR=str(tmp_path / "gone"), OMPI_COMM_WORLD_LOCAL_RANK="0")
     metrics = tmp_path / "my out" / "metrics.jsonl"
     deadline = time.monotonic() + 150
     while not metrics.exists():
@@ -67,6 +70,50 @@ def test_works_from_another_folder_and_stops_on_a_signal_to_bash_alone(quick, li
     assert [int(line.split('"step": ')[1].split(",")[0]) for line in metrics.read_text().splitlines()] == [
         *range(1, 7)
     ]
+
+
+def test_a_stop_is_heard_even_when_its_file_cannot_be_written(tmp_path):
+    """The folder of temporary files went away while the job ran: the job gets the signal itself, and a second Ctrl-C
+    kills it."""
+    temporary, fake = tmp_path / "temporary", tmp_path / "bin" / "python"
+    temporary.mkdir()
+    fake.parent.mkdir()
+    fake.write_text(f"""#!/bin/sh
+[ "$1" = -c ] && exit 0
+trap 'echo heard' TERM
+rmdir {temporary}
+touch {tmp_path}/up
+while :; do sleep 0.1; done
+""")
+    fake.chmod(0o755)
+    run = launch(cwd=tmp_path, TMPDIR=str(temporary), PATH=f"{fake.parent}:/usr/bin:/bin")
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "up").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for _ in range(2):
+        os.kill(run.pid, signal.SIGINT)
+        time.sleep(0.5)
+    text, _ = run.communicate(timeout=20)
+    assert "heard" in text
+    assert "killed without saving" in text
+    assert run.returncode in (128 + signal.SIGKILL, 128 + signal.SIGINT)
+
+
+def test_a_stop_request_without_a_folder_counts():
+    request = StopRequest(Path("/nonexistent/stop"))
+    assert not request
+    request.ask()
+    assert request
+
+
+def test_sockets_find_a_short_folder(monkeypatch, tmp_path):
+    long = tmp_path / ("scratch_of_a_project_" * 5)
+    long.mkdir()
+    for folder in (long, tmp_path / "gone"):
+        monkeypatch.setenv("TMPDIR", str(folder))
+        use_short_tmpdir()
+        assert os.environ["TMPDIR"] == "/tmp"
 
 
 @pytest.fixture

@@ -11,12 +11,21 @@ from . import UserError
 
 STOPPED = 75  # exit code EX_TEMPFAIL: stopped on request, the same command resumes
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+MAX_TMPDIR = 60  # characters; the libraries add up to 40
 _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
     """From now on a parent that is killed takes this process along: it must not go on writing."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def use_short_tmpdir() -> None:
+    """Processes talk over sockets in TMPDIR, whose paths take 107 characters at most (unix(7)): a longer one, or one that
+    is gone, becomes /tmp. Call it before anything asks tempfile."""
+    folder = os.environ.get("TMPDIR", "/tmp")
+    if len(folder) > MAX_TMPDIR or not os.access(folder, os.W_OK):
+        os.environ["TMPDIR"] = "/tmp"
 
 
 def free_port() -> int:

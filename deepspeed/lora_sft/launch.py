@@ -8,6 +8,7 @@ Fork safety: the parent never initialises CUDA and starts no threads; whatever d
 DeepSpeed) is imported and run in a child.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -18,22 +19,28 @@ from pathlib import Path
 from workbench import UserError
 from workbench.processes import STOP_SIGNALS, STOPPED, die_with_parent, free_port
 
+OTHER_LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "MV2_", "MPI_")  # DeepSpeed and accelerate would take ranks from them
 GRACE_S = 10.0  # what the others may take to end after one has failed, then as long again after a SIGTERM
 
 
 class StopRequest:
-    """True once the stop file exists. A signal to this process creates the same file: it does not matter
+    """True once this process had a signal or the stop file exists. The signal creates the file, too: it does not matter
     whether Slurm signals the launcher, one rank or all processes."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.signalled = path, False
 
     def install(self) -> None:
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: self.path.touch())
+            signal.signal(number, self.ask)
+
+    def ask(self, *_) -> None:
+        self.signalled = True
+        with contextlib.suppress(OSError):  # its folder is gone
+            self.path.touch()
 
     def __bool__(self) -> bool:
-        return self.path.exists()
+        return self.signalled or self.path.exists()
 
 
 def import_shared_libraries() -> None:
@@ -53,6 +60,8 @@ def run_ranks(function: Callable[[int], int], world_size: int, work_dir: Path) -
     port = free_port()
 
     def start(rank: int) -> int:
+        for name in [name for name in os.environ if name.startswith(OTHER_LAUNCHERS)]:
+            del os.environ[name]
         os.environ |= {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 import shlex
 import typing
 from dataclasses import dataclass
@@ -199,6 +200,8 @@ def _gpu(args: Arguments, machine: Machine, model: Model, records: list[Record])
         why = "with top_k, or without top_p, a seeded draw sorts all logits"
         why = "--max_running_requests" if args.max_running_requests else why
         choices.append(("max_running_requests", limit, why))
+    if args.tp_size > 1 and re.search("[^0-9,]", os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+        choices.append(("disable_custom_all_reduce", True, "it reads numbers only in CUDA_VISIBLE_DEVICES"))
     return choices
 
 
