@@ -48,8 +48,9 @@ from batch_infer.preflight import Inputs
 from batch_infer.prompts import Record
 from batch_infer.report import Times
 from workbench import UserError
-from workbench.files import commit, read_rows
+from workbench.files import commit
 from workbench.machine import versions
+from workbench.rows import read_rows
 
 ROOT = REHEARSAL.parent
 FOLDER = REHEARSAL / "runs" / "offline_throughput"

@@ -35,8 +35,9 @@ import shapes
 from batch_infer.arguments import REHEARSAL
 from batch_infer.store import ALL, PARTIAL, SUMMARY, count_answers
 from workbench import UserError
-from workbench.files import commit, read_rows, write_json
+from workbench.files import commit, write_json
 from workbench.machine import driver_version
+from workbench.rows import read_rows
 
 ROOT = REHEARSAL.parent
 FOLDER = REHEARSAL / "runs" / "same_bytes"

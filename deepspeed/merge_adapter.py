@@ -8,19 +8,23 @@ model is needed. What is written is loaded again, and must give the logits of th
 
 import argparse
 import gc
-import json
 import os
 import shutil
 import sys
+from collections.abc import Set
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
-from lora_sft.run_folder import ADAPTER
 from workbench import UserError
 from workbench.files import disk_full
-from workbench.models import cached_model, check_model_folder
-
-CONFIG = "adapter_config.json"
+from workbench.models import (
+    cached_model,
+    check_config,
+    check_model_folder,
+    check_tokens,
+    in_one_line,
+    read_adapter,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -31,7 +35,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"  # PEFT would ask the hub about the base
     try:
-        base = find_base(args.adapter, args.base)
+        settings, tensors = read_adapter(args.adapter)
+        base = find_base(args.adapter, settings, args.base)
         if args.output_dir.exists() and any(args.output_dir.iterdir()):
             raise UserError(f"--output_dir {args.output_dir}: is not empty")
         # Written beside and renamed at the end: a folder with that name is a complete model.
@@ -39,7 +44,7 @@ def main(argv: list[str]) -> int:
         shutil.rmtree(part, ignore_errors=True)
         try:
             part.mkdir(parents=True)
-            changed = merge(args.adapter, base, part)
+            changed = merge(args.adapter, settings, tensors.keys(), base, part)
             if args.output_dir.exists():
                 args.output_dir.rmdir()
             os.replace(part, args.output_dir)
@@ -56,26 +61,26 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def find_base(adapter: Path, named: str | None) -> Path:
+def find_base(adapter: Path, settings: dict, named: str | None) -> Path:
     """The folder of the base model. Raises UserError."""
-    for name in (CONFIG, ADAPTER):
-        if not (adapter / name).exists():
-            raise UserError(f"--adapter {adapter}: no {name}; give the --output_dir of a finished run")
-    config = json.loads((adapter / CONFIG).read_text())
-    name = named or config["base_model_name_or_path"]
-    base = Path(name) if Path(name).is_dir() else cached_model(name, config.get("revision"))
+    name, revision = named or settings.get("base_model_name_or_path"), settings.get("revision")
+    base = None
+    if isinstance(name, str):
+        base = Path(name) if os.path.isdir(name) else cached_model(name, str(revision) if revision else None)
     if base is None:
         raise UserError(f"base model {name}: no folder here and not complete in the cache; name it with --base")
     check_model_folder(base)
+    check_tokens(adapter, check_config(base)["vocab_size"])
     return base
 
 
-def merge(adapter: Path, base: Path, out: Path) -> int:
+def merge(adapter: Path, settings: dict, tensors: Set[str], base: Path, out: Path) -> int:
     """Writes the merged model into `out`; returns the number of changed weights. Raises UserError."""
     import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoModelForCausalLM
 
-    model = load(adapter, base)
+    model = load(adapter, settings, tensors, base)
     ids = torch.arange(3, 19)[None]  # [1, 16]: any tokens
     with torch.no_grad():
         expected = model(ids).logits.float()
@@ -83,12 +88,12 @@ def merge(adapter: Path, base: Path, out: Path) -> int:
             effect = (model(ids).logits.float() - expected).norm()
     if effect == 0:
         raise UserError(f"--adapter {adapter}: changes nothing in {base}; was anything learnt?")
-    changed = sum(name.endswith("lora_A.default.weight") for name, _ in model.named_parameters())
-    dtype = next(model.parameters()).dtype
+    changed = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
+    dtype, tied = next(model.parameters()).dtype, model.config.tie_word_embeddings
     try:
         model = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:  # PEFT looks for NaN and infinities
-        raise UserError(f"--adapter {adapter}: not finite after merging; it diverged ({error})") from error
+    except (ValueError, NotImplementedError) as error:  # an overflow, or a kind of layer that cannot be merged
+        raise UserError(f"--adapter {adapter}: PEFT cannot merge it ({in_one_line(error)})") from error
     model.save_pretrained(out)
     for source, pattern in ((base, "*token*"), (adapter, "*token*"), (adapter, "chat_template.jinja")):
         for path in source.glob(pattern):
@@ -101,25 +106,41 @@ def merge(adapter: Path, base: Path, out: Path) -> int:
     error = ((found - expected).norm() / expected.norm()).item()
     limit = 1e-4 if dtype == torch.float32 else 5e-2  # a merged weight is rounded once more
     if not error < limit:
+        if tied and any("embed_tokens" in name or "lm_head" in name for name in tensors):
+            raise UserError(
+                f"--adapter {adapter}: changes one of two tied embeddings; untie those of {base} first"
+            )
         raise RuntimeError(f"{out}: logits differ from those of base and adapter by {error:.2g}, above {limit}")
     return changed
 
 
-def load(adapter: Path, base: Path):
-    """The base with the adapter. Raises UserError if they do not fit: PEFT says nothing about tensors that are missing
-    in the file, or that the base has no place for."""
+def load(adapter: Path, settings: dict, tensors: Set[str], base: Path):
+    """The base with the adapter. Raises UserError if they do not fit: PEFT says nothing about settings that it does not
+    know, tensors that are missing in the file, or those that the base has no place for."""
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     other = f"--adapter {adapter}: does not fit {base}; is it another base model?"
     try:
         model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).eval()
-    except (RuntimeError, ValueError) as error:  # another shape, or none of the layers
-        raise UserError(f"{other} ({str(error).strip().splitlines()[-1].strip()})") from error
-    with safe_open(adapter / ADAPTER, framework="pt") as stored:
-        different = set(stored.keys()) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    except Exception as error:  # another shape, none of the layers, or settings that no version of PEFT writes
+        raise UserError(f"{other} ({in_one_line(error)})") from error
+    unknown = {
+        name for name, value in settings.items() if value and not hasattr(model.peft_config["default"], name)
+    }
+    for name in unknown | {"layer_replication"}:  # more layers than config.json says
+        if settings.get(name):
+            raise UserError(
+                f"--adapter {adapter}: {name} cannot be merged here; merge with the library that wrote it"
+            )
+    # Beside the adapter PEFT saves an embedding that LoRA targets, as it was.
+    whole = any(name.endswith(".base_layer.weight") for name in tensors)
+    different = tensors ^ get_peft_model_state_dict(model, save_embedding_layers=whole).keys()
+    if any(".default." in name for name in different):
+        raise UserError(
+            f"--adapter {adapter}: its tensors are named as in PEFT's memory; remove .default from them"
+        )
     if different:
         raise UserError(f"{other} ({len(different)} tensors are in one of them only, e.g. {min(different)})")
     return model

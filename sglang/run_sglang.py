@@ -27,6 +27,7 @@ from batch_infer.store import PartialFile
 from batch_infer.supervise import same_command, supervise
 from workbench import UserError
 from workbench.files import claim
+from workbench.models import load_tokenizer
 from workbench.processes import STOPPED, use_short_tmpdir
 
 
@@ -98,9 +99,7 @@ def set_up_environment(args: Arguments) -> None:
 
 
 def tokenise(args: Arguments, inputs: Inputs) -> list[Record]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(engine_args.tokenizer_folder(args, inputs.model))
+    tokenizer = load_tokenizer(Path(engine_args.tokenizer_folder(args, inputs.model)))
     context = engine_args.context_tokens(args, inputs.model)
     weights = {None: inputs.model.weights_id} | inputs.adapters
     return prompts.tokenise(inputs.records, args, tokenizer, context, weights)

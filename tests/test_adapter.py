@@ -1,6 +1,7 @@
 """The saved adapter: key set, faults that must be found, round trip, merging into a plain model."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -165,7 +166,7 @@ def test_merged_model_equals_base_with_adapter(trained, merge, tmp_path):
 def test_merging_needs_an_adapter_a_base_and_an_empty_folder(trained, merge, tmp_path):
     code, text = merge("--adapter", tmp_path, "--output_dir", tmp_path / "m")
     assert code == 2
-    assert "no adapter_config.json; give the --output_dir of a finished run" in text
+    assert "no adapter_config.json; give the folder of a finished fine-tuning run" in text
     code, text = merge("--adapter", trained, "--base", "no/model", "--output_dir", tmp_path / "m")
     assert code == 2
     assert "name it with --base" in text
@@ -198,7 +199,12 @@ def test_merging_with_another_base_is_refused(trained, tiny_model, merge, tmp_pa
     [
         (lambda t: t.pop(min(t)), "1 tensors are in one of them only"),
         (lambda t: [t[name].fill(0) for name in t if "lora_B" in name], "changes nothing in"),
-        (lambda t: t[max(t)].fill(float("inf")), "not finite after merging; it diverged"),
+        (lambda t: t[max(t)].fill(float("inf")), "has NaN or infinite values; the training diverged"),
+        (lambda t: t[max(t)].fill(3e38), "PEFT cannot merge it"),
+        (
+            lambda t: [t.update({name.replace(".weight", ".default.weight"): t.pop(name)}) for name in list(t)],
+            ".default",
+        ),
     ],
 )
 def test_merging_a_spoiled_adapter_is_refused(spoil, merge, tmp_path, change, message):
@@ -207,6 +213,82 @@ def test_merging_a_spoiled_adapter_is_refused(spoil, merge, tmp_path, change, me
     assert code == 2, text
     assert message in text
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"something_new": 1}, "something_new cannot be merged here"),
+        ({"layer_replication": [[0, 4]]}, "layer_replication cannot be merged here"),
+        ({"r": "sixteen"}, "does not fit"),
+        (
+            {"base_model_name_or_path": "../Llama-2/"},
+            "base model ../Llama-2/: no folder here .* name it with --base",
+        ),
+        ({"base_model_name_or_path": "saves/llama/tiny"}, "name it with --base"),
+        ({"base_model_name_or_path": None}, "name it with --base"),
+    ],
+)
+def test_merging_what_the_configuration_does_not_allow_is_refused(spoil, merge, tmp_path, changes, message):
+    folder = spoil(lambda tensors: None)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | changes))
+    code, text = merge("--adapter", folder, "--output_dir", tmp_path / "m")
+    assert code == 2, text
+    assert re.search(message, text.splitlines()[-1])
+
+
+def make_adapter(base, folder, **options) -> None:
+    """By PEFT, with an effect."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, **options)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "lora_embedding_A" in name:
+                parameter.normal_(std=0.05)
+    model.save_pretrained(folder)
+
+
+def test_patterns_and_embeddings_are_merged_as_by_peft(tiny_qwen2, merge, tmp_path):
+    """PEFT's own file: it holds the embeddings that LoRA targets, too."""
+    names = ["q_proj", "v_proj", "embed_tokens", "lm_head"]
+    patterns = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"layers.0.self_attn.v_proj": 64}}
+    in_child(lambda: make_adapter(tiny_qwen2, tmp_path / "a", target_modules=names, **patterns), tmp_path)
+    code, text = merge("--adapter", tmp_path / "a", "--output_dir", tmp_path / "m")
+    assert code == 0, text
+    assert "10 weights changed" in text
+
+    def compare():
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_qwen2), tmp_path / "a")
+        expected = expected.merge_and_unload().state_dict()
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m").state_dict()
+        assert merged.keys() == expected.keys()
+        assert all(torch.equal(merged[name], expected[name]) for name in merged)
+
+    in_child(compare, tmp_path)
+
+
+def test_one_of_two_tied_embeddings_cannot_be_merged(tiny_qwen2, merge, tmp_path):
+    def build():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(tiny_qwen2, tie_word_embeddings=True)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied")
+        make_adapter(tmp_path / "tied", tmp_path / "a", target_modules=["q_proj", "embed_tokens"])
+
+    in_child(build, tmp_path)
+    shutil.copyfile(tiny_qwen2 / "tokenizer.json", tmp_path / "tied" / "tokenizer.json")
+    code, text = merge("--adapter", tmp_path / "a", "--output_dir", tmp_path / "m")
+    assert code == 2, text
+    assert "changes one of two tied embeddings" in text
 
 
 def test_remembered_parameters_are_those_of_a_walk(tiny_model, tmp_path):

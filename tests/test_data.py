@@ -1,23 +1,27 @@
 """Text, tokens and packing."""
 
+import csv
 import itertools
 import json
+import re
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from harness import ROOT
-from lora_sft import data
+from lora_sft import data, preflight
 from lora_sft.data import IGNORE, Document
 from workbench import UserError
 
 ROWS = data.read_file(ROOT / "rehearsal" / "preferences.jsonl")
 
 
-def row(prompt: str, chosen: str) -> dict[str, str]:
-    return {"prompt": prompt, "chosen": chosen}
+def row(prompt: str, chosen: str, number: int = 1) -> dict:
+    return {"prompt": prompt, "chosen": chosen, "row": number}
 
 
 # --- text ---------------------------------------------------------------------------------------------
@@ -97,6 +101,26 @@ def test_rows_without_answer_or_with_special_tokens_are_skipped_and_counted(toke
     assert (counts.skipped_no_answer_token, counts.skipped_special_token_text) == (1, 1)
 
 
+def test_what_is_skipped_is_said_with_its_cure(tokenizer, tmp_path):
+    """All rows: an error; from a tenth on: a warning."""
+    marked = [row(f"<s>[INST] {i}? [/INST]", f" {i}.</s>", i) for i in range(20, 10, -1)]
+    cause = (
+        r"10 hold special tokens as text \(<s> in 10, </s> in 10; the first is row 11\): remove your template's"
+    )
+    with pytest.raises(
+        UserError, match=f"none of the 11 train rows can be used: {cause}.*; 1 have an empty answer"
+    ):
+        data.prepare([*marked, row("a", "")], tokenizer, 64, 1, "train")
+    args = SimpleNamespace(max_seq_len=256, rows_per_micro_batch=1, gradient_accumulation_steps=1)
+    model, gpus = SimpleNamespace(model_folder=tokenizer.name_or_path), SimpleNamespace(world_size=1)
+
+    def said(rows):
+        return preflight.pack_rows(args, model, gpus, rows, ROWS[:1], tmp_path)[1]
+
+    assert re.match(f"WARN: 90 documents .* 10 skipped.*; {cause}", said([*ROWS[:90], *marked]))
+    assert said([*ROWS[:91], *marked]).startswith("91 documents")
+
+
 def test_chat_template_renders_the_trained_document(tokenizer):
     """For every rehearsal row, several turns included: the served ids are the trained ids."""
     documents, _ = data.tokenise(ROWS, tokenizer, 1024)
@@ -114,11 +138,67 @@ def test_chat_template_renders_the_trained_document(tokenizer):
 # --- files --------------------------------------------------------------------------------------------
 
 
-def test_json_and_jsonl_give_the_same_rows(tmp_path):
-    rows = [row("\n\nHuman: \u2028 line\n\nAssistant:", " a"), row("p", "c")]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n")
-    assert data.read_file(tmp_path / "a.json") == data.read_file(tmp_path / "a.jsonl") == rows
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
+    rows = [row('\n\nHuman: \u2028, "line"\r\n\n\nAssistant:', " a", 1), row("p", "c", 2)]
+    given = [{key: r[key] for key in ("prompt", "chosen")} for r in rows]
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(given))
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in given) + "\n\n")
+    (tmp_path / "wrapped.json").write_text(
+        json.dumps({"version": "1.0", "tags": ["x"], "data": given}, indent=2)
+    )
+    for name, delimiter in (("c.csv", ","), ("d.TSV", "\t")):
+        with (tmp_path / name).open("w", newline="") as out:
+            writer = csv.DictWriter(out, ["prompt", "chosen"], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(given)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(given), tmp_path / "e.parquet")
+    for path in tmp_path.iterdir():
+        assert data.read_file(path) == rows, path
+
+
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}, {"from": "human", "value": "Bye"}]
+ANSWERED = [*SHAREGPT, {"from": "gpt", "value": "So long."}]
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yo"},
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt", "chosen"),
+    [
+        ({"prompt": "p", "chosen": "c", "instruction": "i", "output": "o"}, "p", "c"),
+        ({"instruction": "Sort.", "output": "1 2"}, "\n\nHuman: Sort.\n\nAssistant:", " 1 2"),
+        (
+            {"instruction": "Sort.", "input": "2 1", "output": "", "system": "S"},
+            "S\n\nHuman: Sort.\n\n2 1\n\nAssistant:",
+            "",
+        ),
+        ({"messages": CHAT}, "Be kind.\n\nHuman: Hi\n\nAssistant:", " Yo"),
+        (
+            {"conversations": ANSWERED},
+            "\n\nHuman: Hi\n\nAssistant: Yo\n\nHuman: Bye\n\nAssistant:",
+            " So long.",
+        ),
+        (
+            {"conversations": SHAREGPT, "id": 3},
+            "\n\nHuman: Hi\n\nAssistant:",
+            " Yo",
+        ),  # no answer to the last turn
+    ],
+)
+def test_forms_that_people_have_become_rm_statics(tmp_path, given, prompt, chosen):
+    (tmp_path / "one.json").write_text(json.dumps(given, indent=1))  # one object over several lines
+    assert data.read_file(tmp_path / "one.json") == [row(prompt, chosen)]
+
+
+def test_a_chat_is_trained_as_the_template_renders_it(tokenizer):
+    documents, _ = data.tokenise([data.check_row({"messages": CHAT}, 1, "")], tokenizer, 512)
+    assert tokenizer.apply_chat_template(CHAT)["input_ids"] == documents[0].input_ids
+
+
+DEEP = "[" * 20_000 + "]" * 20_000
 
 
 @pytest.mark.parametrize(
@@ -126,33 +206,71 @@ def test_json_and_jsonl_give_the_same_rows(tmp_path):
     [
         (
             '{"prompt": "a", "chosen": "b"}\n{"prompt": "a"}',
-            r"rows.jsonl, row 2: no 'chosen'.*\(found: prompt\)",
+            r"rows.jsonl, row 2: no text under 'chosen'; a row has prompt and chosen, or .*\(found: 'prompt'\)",
         ),
-        ('{"chosen": "b"}', r"rows.jsonl, row 1: no 'prompt'"),
+        ('{"chosen": "b"}', r"rows.jsonl, row 1: no text under 'prompt'"),
+        ('{"instruction": "b", "a\\nb": 1}', r"row 1: no text under 'output'; .* \(found: 'instruction', 'a\\nb'\)"),
         ('{"prompt": 3, "chosen": "b"}', r"rows.jsonl, row 1: 'prompt' must be text, found int"),
         ('{"prompt": " ", "chosen": "b"}', r"rows.jsonl, row 1: 'prompt' is empty"),
         (
             '{"prompt": "a", "chosen": "b"}\n{oops',
             r"--data_path .*rows.jsonl, line 2, column 2: not valid JSON",
         ),
-        ('[{"prompt": "a", "chosen": "b"},\n 3]', r"rows.jsonl, row 2: expected an object .* found int"),
+        ('[{"prompt": "a", "chosen": "b"},\n 3]', r"rows.jsonl, row 2: expected an object, found int"),
         ('[{"prompt": "a"},\n oops]', r"rows.jsonl, line 2, column 2: not valid JSON"),
+        ("prompt,chosen\na,b", r"line 1, column 1: not valid JSON .*; read are a JSON array, JSONL, .csv, .tsv and"),
         ("", "no rows in it"),
         ("[]", "no rows in it"),
+        ('{"train": [{"prompt": "a"}], "test": [{}], "tags": ["a"]}', "expected a list of rows, found 'train', 'test'; keep one"),
+        ('{"prompt": "a", "chosen": "b", "meta": ' + DEEP + "}", "row 1: nested too deeply"),
+        ('[{"prompt": "a", "chosen": "b"},\n{"meta": ' + DEEP + "}]", "row 2: nested too deeply"),
+        ('{"data":\n[' + DEEP + "]}", "row 1: nested too deeply"),
+        ('{"prompt": "a", "chosen": "b"}\n{"id": ' + "1" * 5000 + "}", "row 2: a number of more than 4300 digits"),
+        ('{"prompt": "\\ud83d", "chosen": "b"}', r"row 1: 'prompt' holds U\+D83D"),
+        ('{"prompt": "a", "chosen": "\\u0000"}', r"row 1: 'chosen' holds U\+0000"),
+        ('{"instruction": "a", "output": "b", "history": [["q", "a"]]}', "row 1: 'history' is not read"),
+        ('{"messages": "hi"}', "row 1: turn 1 of 'messages' must be an object with 'role' and 'content', found str"),
+        ('{"messages": []}', "row 1: no turns under 'messages'"),
+        ('{"messages": [{"role": "user", "content": null}]}', "turn 1 of 'messages': 'content' must be text"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}', "turn 1 of 'messages': no role 'tool' here"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "row 1: no answer of the assistant"),
     ],
-)
+)  # fmt: skip
 def test_bad_rows_are_named(tmp_path, text, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         data.read_file(path)
+    assert "\n" not in str(error.value)
 
 
-def test_unreadable_files_are_named(tmp_path):
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00{")
-    for name, problem in ((".", "cannot be read"), ("missing", "cannot be read"), ("binary", "not UTF-8 text")):
-        with pytest.raises(UserError, match=problem):
-            data.read_file(tmp_path / name)
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("", b"", "cannot be read"),
+        ("a.json", "[]".encode("utf-16"), "line 1: not UTF-8 text .*; UTF-16: save it as UTF-8"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08", "; a gzip file: unpack it"),
+        ("a.json", b'[\n"\xe9"]', r"line 2: not UTF-8 text \(byte 3 of the file\); save it as UTF-8"),
+        ("a.parquet", b"PAR1PAR1", "a.parquet: not readable as parquet"),
+        (
+            "a.csv",
+            b"prompt,chosen\na,b\na,b,c",
+            r"a.csv, row 2 \(line 3\): not 2 cells, each with a name .*; quote",
+        ),
+        ("a.csv", b'prompt,chosen\n"a,b\nc,d\n', r"a.csv, row 1 \(line 3\): unexpected end of data; quote"),
+        ("a.csv", b"prompt,chosen\na,b\na,", "row 2: no text under 'chosen'"),
+        (
+            "a.csv",
+            b"prompt,prompt,chosen\na,b,c",
+            r"row 1 \(line 2\): not 3 cells, each with a name of its own",
+        ),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(tmp_path, name, content, problem):
+    if name:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=problem):
+        data.read_file(tmp_path / name)
 
 
 def test_split_is_seeded_disjoint_and_bounded():

@@ -3,12 +3,14 @@
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,12 +18,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from batch_infer import adapters, engine_args, machine, model, preflight, store
 from batch_infer.arguments import Arguments
 from batch_infer.prompts import Record
 from harness import ROOT, answers, fork
-from workbench import UserError, files
+from workbench import UserError, files, models
 from workbench.machine import Gpu, explain_no_cuda, visible_gpus
 
 H200 = Gpu("NVIDIA H200", memory_gib=140.4, free_gib=139.9, capability=(9, 0), bandwidth=4.9e12, flops=1e15)
@@ -323,39 +327,210 @@ def test_engine_args_are_checked_in_a_process_of_their_own(monkeypatch):
 
 CONFIG = {
     **{"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1},
-    **{"num_hidden_layers": 2, "vocab_size": 32, "max_position_embeddings": 64},
+    **{"num_hidden_layers": 2, "vocab_size": 32, "max_position_embeddings": 64, "model_type": "qwen2"},
 }
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:aaaa\nsize 4400000\n"
+LAYER = "base_model.model.model.layers."
+
+
+def write_tensors(path: Path, shapes: dict[str, list[int]], kind: str = "F32", value: bytes = bytes(4)) -> None:
+    header, data = {}, b""
+    for name, shape in shapes.items():
+        end = len(data) + math.prod(shape) * len(value)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [len(data), end]}
+        data += value * math.prod(shape)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def adapter_of(folder: Path, settings: dict | None = None, tensors: dict | None = None, **values) -> Path:
+    """`tensors` that are None are left out."""
+    folder.mkdir()
+    known = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base", "bias": "none"}
+    known["target_modules"] = ["q_proj", "v_proj", "down_proj"]
+    (folder / "adapter_config.json").write_text(json.dumps(known | (settings or {})))
+    shapes = {f"0.self_attn.{name}.lora_A": [2, 8] for name in ("q_proj", "v_proj")}
+    shapes |= {"0.self_attn.q_proj.lora_B": [8, 2], "0.self_attn.v_proj.lora_B": [4, 2]}
+    shapes |= {"1.mlp.down_proj.lora_A": [2, 16], "1.mlp.down_proj.lora_B": [8, 2]} | (tensors or {})
+    shapes = {f"{LAYER}{name}.weight": shape for name, shape in shapes.items() if shape}
+    write_tensors(folder / "adapter_model.safetensors", shapes, **values)
+    return folder
+
+
 def test_a_model_of_another_kind(tmp_path):
-    (tmp_path / "config.json").write_text('{"n_head": 12}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_head": 12, "vocab_size": 32}')
     with pytest.raises(UserError, match="not that of a Llama- or Qwen2-like language model"):
-        model.read(tmp_path, None, "")
+        model.read(tmp_path, None, "", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"model_type": "mygpt", "auto_map": {}},
+            "model_type 'mygpt' is none .* code that comes with a model is never",
+        ),
+        ({"pad_token_id": 32}, "pad_token_id 32 is outside the embedding of 32 rows"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "the weights are quantised by bitsandbytes",
+        ),
+        ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantised by awq"),
+    ],
+)
+def test_models_that_would_end_in_a_traceback(tmp_path, changes, expected):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
+    with pytest.raises(UserError, match=expected):
+        model.read(tmp_path, None, "", "cpu")
+
+
+def test_some_quantised_weights_are_left_to_sglangs_kernels(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": {"quant_method": "awq"}}))
+    assert model.read(tmp_path, None, "", "cuda").context_tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "context"),
+    [
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, 16),
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}, 64),
+        ({"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention"] * 2}, 64),
+        ({"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 0}, 64),
+        ({"sliding_window": 16, "max_window_layers": 0}, 64),  # Qwen's default is off
+        ({"model_type": "mistral", "sliding_window": 16}, 16),
+        ({"model_type": "llama", "sliding_window": 16}, 64),
+    ],
+)
+def test_a_window_of_attention_limits_the_context(tmp_path, changes, context):
+    """SGLang computes full attention, which is the same up to so many tokens."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
+    assert model.read(tmp_path, None, "", "cpu").context_tokens == context
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("config.json", b"\xef\xbb\xbf{}", "begins with a byte order mark"),
+        ("config.json", b"[]", "a JSON object is expected, this is a list"),
+        ("tokenizer.json", POINTER, "tokenizer.json: a Git-LFS pointer"),
+        ("tokenizer.json", b"{}", "tokenizer.json: not a tokenizer"),
+        ("added_tokens.json", b'{"<pad>": 32}', "gives '<pad>' the id 32, the embedding has 32 rows"),
+        (
+            "model.safetensors",
+            POINTER,
+            "model.safetensors: a Git-LFS pointer, not the file; run `git lfs pull`",
+        ),
+        ("model.safetensors", b"x" * 100, "model.safetensors: cut or damaged"),
+        ("model.safetensors.index.json", b'{"metadata": {}}', "names no weight files"),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"a": "b"}}',
+            "not complete: 1 of 1 weight files missing",
+        ),
+        ("model.safetensors", None, "not complete: 1 of 1 weight files missing, e.g. model.safetensors"),
+    ],
+)
+def test_model_folders_that_are_not_whole(tmp_path, name, content, expected):
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    Tokenizer(BPE()).save(str(tmp_path / "tokenizer.json"))
+    write_tensors(tmp_path / "model.safetensors", {"a": [2]})
+    read_folder(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    if content is None:  # a purged cache
+        (tmp_path / name).symlink_to("/nonexistent/blob")
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=expected):
+        read_folder(tmp_path)
+
+
+def read_folder(folder: Path) -> None:
+    models.check_model_folder(folder)
+    models.check_config(folder)
+
+
+@pytest.mark.parametrize("name", ["Llama 2 7b", "../Qwen2-tiny/", "saves/qwen/tiny"])
+def test_a_name_that_no_hub_has(name):
+    with pytest.raises(
+        UserError, match=f"--model_path {name}: neither a file or folder here nor a valid model id"
+    ):
+        models.find_model(name, "--model_path", "program")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = {
+    "config.json": (*CONFIG, "pad_token_id", "auto_map", "quantization_config", "head_dim", "sliding_window")
+    + ("use_sliding_window", "layer_types", "max_window_layers"),
+    "model.safetensors.index.json": ("weight_map",),
+    "adapter_config.json": (
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "peft_type",
+        "bias",
+        "base_model_name_or_path",
+    ),
+    "tokenizer.json": ("model", "added_tokens", "version"),
+    "added_tokens.json": ("<pad>",),
+}
+
+
+@given(st.sampled_from(sorted(NAMES)), st.data())
+def test_whatever_a_folders_json_says_is_read_or_refused(name, data):
+    """One line, never another exception."""
+    some = st.dictionaries(st.sampled_from(NAMES[name]), JSON, max_size=2)
+    change = data.draw(some | JSON | st.binary(max_size=40))
+    with tempfile.TemporaryDirectory() as folder:
+        base, adapter = Path(folder), adapter_of(Path(folder) / "a")
+        write_tensors(base / "model.safetensors", {"a": [2]})
+        files = (
+            {"config.json": CONFIG, "tokenizer.json": {}}
+            if name != "tokenizer.json"
+            else {"config.json": CONFIG}
+        )
+        for file, content in (
+            files | {"model.safetensors.index.json": {"weight_map": {"a": "model.safetensors"}}}
+        ).items():
+            (base / file).write_text(json.dumps(content))
+        target = (adapter if name.startswith(("a", "t")) else base) / name
+        known = json.loads(target.read_text()) if target.exists() else {}
+        change = known | change if isinstance(change, dict) else change
+        target.write_bytes(change if isinstance(change, bytes) else json.dumps(change).encode())
+        refusal = ""
+        try:
+            models.check_model_folder(base)
+            if name == "config.json":
+                (base / "tokenizer.json").unlink()
+                model.read(base, None, "", "cpu")
+            adapters.check(adapter, CONFIG)
+        except UserError as error:
+            refusal = str(error)
+        assert "\n" not in refusal
 
 
 def test_sizes_are_those_of_the_published_model(tmp_path):
-    qwen_7b = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
+    qwen_7b = {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "vocab_size": 152064,
+    }
     heads = {"num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768}
     (tmp_path / "config.json").write_text(json.dumps(qwen_7b | heads))
-    found = model.read(tmp_path, None, "")
+    found = model.read(tmp_path, None, "", "cpu")
     assert found.weight_bytes == pytest.approx(2 * 7_615_616_512, rel=1e-4)  # without biases and norms
     assert found.weight_bytes - found.streamed_bytes == 2 * 152064 * 3584
     assert found.kv_bytes_per_token == 57_344
-
-
-def adapter_of(folder: Path, settings: dict | None = None, tensors: dict | None = None) -> Path:
-    folder.mkdir()
-    settings = {"peft_type": "LORA", "r": 2, "base_model_name_or_path": "base"} | (settings or {})
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    shapes = {
-        "0.self_attn.q_proj.lora_A": [2, 8],
-        "0.self_attn.v_proj.lora_B": [4, 2],
-        "1.mlp.down_proj.lora_A": [2, 16],
-    } | (tensors or {})
-    shapes = {f"base_model.model.model.layers.{name}.weight": shape for name, shape in shapes.items()}
-    header = json.dumps({name: {"dtype": "F32", "shape": shape} for name, shape in shapes.items()}).encode()
-    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    return folder
 
 
 def test_good_adapter(tmp_path):
@@ -367,10 +542,24 @@ def test_good_adapter(tmp_path):
     [
         ({"use_dora": True}, "DoRA is not served by SGLang"),
         ({"use_rslora": True}, "rsLoRA would be served with the wrong scale"),
-        ({"peft_type": "IA3"}, "IA3 adapters are not served"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is not served"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is not served"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is not served"),
         ({"lora_bias": True}, "lora_bias is not served"),
+        ({"something_new": 1}, "something_new is not served by SGLang"),
+        ({"bias": "all"}, "bias 'all' is not served"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not served"),
+        ({"lora_alpha": "16"}, "lora_alpha is '16'"),
+        ({"r": 4}, r"has shape \[2, 8\]; r 4 and this model's 2 layers want \[4, 8\]"),
+        (
+            {"target_modules": "^(q|v|down)_proj$"},
+            r'is no list .* those of \["down_proj", "q_proj", "v_proj"\]: write',
+        ),
+        ({"target_modules": ["q_proj", "v_proj"]}, "is no list of this model's projections"),
+        (
+            {"target_modules": ["q_proj", "v_proj", "down_proj", "lm_head"]},
+            "is no list of this model's projections",
+        ),
     ],
 )
 def test_adapters_whose_settings_are_not_served(tmp_path, settings, expected):
@@ -379,34 +568,72 @@ def test_adapters_whose_settings_are_not_served(tmp_path, settings, expected):
 
 
 @pytest.mark.parametrize(
-    ("tensor", "shape", "expected"),
+    ("tensors", "expected"),
     [
-        ("0.lm_head.lora_A", [2, 8], "lm_head.lora_A.weight is not a projection"),
-        ("0.mlp.up_proj.lora_B", [32, 2], "trained on another base"),
-        ("7.mlp.up_proj.lora_B", [16, 2], "this model 16 in 2 layers"),
-        ("1.self_attn.q_proj.lora_A", [2, 8], "layer 1 adapts q_proj but not v_proj"),
-        ("1.self_attn.k_proj.lora_B", [4, 2], "layer 1 adapts k_proj but not q_proj"),
-        ("1.self_attn.v_proj.lora_B", [4, 2], "layer 1 adapts v_proj but not q_proj"),
-        ("0.mlp.up_proj.lora_A", [2, 8], "layer 0 adapts up_proj but not gate_proj"),
+        ({"0.lm_head.lora_A": [2, 8]}, "lm_head.lora_A.weight is not a projection"),
+        ({"0.self_attn.q_proj.lora_C": [2, 8]}, "q_proj.lora_C.weight is not a projection"),
+        ({"0.self_attn.q_proj.lora_B": [32, 2]}, r"was trained on another base \(base\), .* want \[8, 2\]"),
+        ({"7.self_attn.q_proj.lora_B": [8, 2]}, "this model's 2 layers want"),
+        ({"0.self_attn.q_proj.lora_A": []}, "layer 0 adapts q_proj.B but not q_proj.A"),
+        ({"0.self_attn.v_proj.lora_A": [], "0.self_attn.v_proj.lora_B": []}, "adapts q_proj.. but not v_proj"),
+        ({"0.self_attn.q_proj.lora_A": [], "0.self_attn.q_proj.lora_B": []}, "adapts v_proj.. but not q_proj"),
+        ({"1.mlp.up_proj.lora_A": [2, 8], "1.mlp.up_proj.lora_B": [16, 2]}, "up_proj.. but not gate_proj"),
     ],
 )
-def test_adapters_whose_tensors_do_not_fit(tmp_path, tensor, shape, expected):
+def test_adapters_whose_tensors_do_not_fit(tmp_path, tensors, expected):
     with pytest.raises(UserError, match=expected):
-        adapters.check(adapter_of(tmp_path / "a", tensors={tensor: shape}), CONFIG)
+        adapters.check(adapter_of(tmp_path / "a", tensors=tensors), CONFIG)
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
-def test_an_adapter_that_cannot_be_read(tmp_path, name):
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"kind": "F32", "value": struct.pack("<f", math.nan)}, "has NaN or infinite values"),
+        ({"kind": "F32", "value": struct.pack("<f", -math.inf)}, "has NaN or infinite values"),
+        ({"kind": "F16", "value": struct.pack("<e", math.inf)}, "has NaN or infinite values"),
+        ({"kind": "BF16", "value": struct.pack("<f", math.nan)[2:]}, "has NaN or infinite values"),
+        ({"kind": "BF16", "value": struct.pack("<f", -3e38)[2:]}, None),
+        ({"kind": "F16", "value": struct.pack("<e", 65504.0)}, None),
+        ({"kind": "U8", "value": b"a"}, "is of type U8"),
+        ({"tensors": {"0.self_attn.q_proj.lora_A": [0]}}, "1 of 6 tensors are empty, as saved under ZeRO-3"),
+    ],
+)
+def test_adapters_whose_numbers_are_none(tmp_path, values, expected):
+    folder = adapter_of(tmp_path / "a", **values)
+    if expected is None:
+        return adapters.check(folder, CONFIG)
+    with pytest.raises(UserError, match=expected):
+        adapters.check(folder, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("adapter_model.safetensors", "cut or damaged"), ("adapter_config.json", "not valid JSON")],
+)
+def test_an_adapter_that_cannot_be_read_costs_its_record_only(tmp_path, name, expected):
+    good, bad = adapter_of(tmp_path / "good"), adapter_of(tmp_path / "bad")
+    (bad / name).write_bytes((bad / name).read_bytes()[:-9])
+    (bad / "added_tokens.json").write_text("{}")
+    records = [Record(0, "x"), Record(1, "x", lora=str(good)), Record(2, "x", lora=str(bad))]
+    checked, hashes = adapters.check_all(records, "", CONFIG)
+    assert [bool(record.error) for record in checked] == [False, False, True]
+    assert expected in checked[2].error
+    assert set(hashes) == {str(good)}
+
+
+def test_tokens_beyond_the_bases_vocabulary(tmp_path):
     folder = adapter_of(tmp_path / "a")
-    (folder / name).write_bytes(b"{")
-    with pytest.raises(UserError, match="cannot be read"):
+    (folder / "added_tokens.json").write_text('{"<|im_start|>": 31}')
+    adapters.check(folder, CONFIG)
+    (folder / "added_tokens.json").write_text('{"<pad>": 32}')
+    with pytest.raises(UserError, match="gives '<pad>' the id 32, the embedding has 32 rows"):
         adapters.check(folder, CONFIG)
 
 
 def test_dummy_weights_with_an_adapter(tmp_path):
     folder = str(adapter_of(tmp_path / "a"))
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    base, records = model.read(tmp_path, None, ""), [Record(0, "x", lora=folder)]
+    base, records = model.read(tmp_path, None, "", "cpu"), [Record(0, "x", lora=folder)]
     (checked, hashes), text = preflight.look_at_adapters(Arguments(), base, records)
     assert (checked, hashes.keys(), text) == (records, {folder}, "1 in the records")
     with pytest.raises(UserError, match="dummy reads none"):
@@ -438,7 +665,7 @@ def test_a_retrained_adapter_has_another_fingerprint(tmp_path):
         ),
         (["--output_file", "/proc/nowhere/outputs.jsonl"], "--output_file /proc/nowhere: cannot be written"),
         (["--engine_args", '{"page_size": "x"}'], "--engine_args: SGLang refuses them: "),
-        (["--lora_path", "."], "no adapter_config.json that names the base model"),
+        (["--lora_path", "."], "no adapter_config.json that names the base"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run_inference, tmp_path, flags, expected):

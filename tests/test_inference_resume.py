@@ -124,7 +124,7 @@ def test_bad_records_cost_no_other_record(isolated):
     assert "prompt tokens; the context holds 1024" in reasons[2]
     assert reasons[4].startswith("invalid regex")
     assert reasons[6].startswith("invalid json_schema")
-    assert "no adapter_model.safetensors" in reasons[7]
+    assert "no adapter_config.json" in reasons[7]
     assert "no text under 'instruction'" in reasons[8]
     outputs = [row["output"] for row in json.loads((out / "outputs_all.json").read_text())]
     assert all(outputs[index] for index in (0, 9))

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from batch_infer import grammars
 from batch_infer.arguments import parse
 from batch_infer.start import skip_other_models
 from harness import fork, summary_of
@@ -113,21 +114,13 @@ def mixed_requests() -> list[tuple[str, dict, float]]:
 
 def problem(params: dict, answer: dict) -> str | None:
     """Why an answer that ended by itself does not satisfy its grammar."""
-    import jsonschema
-
     reason = answer["finish_reason"]
     if reason["type"] == "abort":
         return f"aborted: {reason}"
     if reason["type"] != "stop" or isinstance(reason.get("matched"), str) or "stop_token_ids" in params:
         return None
-    try:
-        if "regex" in params:
-            assert re.fullmatch(params["regex"], answer["text"])
-        elif "json_schema" in params:
-            jsonschema.validate(json.loads(answer["text"]), json.loads(params["json_schema"]))
-    except (AssertionError, ValueError, jsonschema.ValidationError) as error:
-        return f"{params}: {answer['text']!r}: {error}"
-    return None
+    error = grammars.failed(params, {"text": answer["text"], "meta_info": {"finish_reason": reason}})
+    return error and f"{params}: {answer['text']!r}: {error}"
 
 
 # --- engines ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -143,8 +144,6 @@ def test_hub_errors_name_the_cure(monkeypatch):
 
 def fill_cache(folder, tiny_model, name="some/llama"):
     """Lays the tiny model out as a download of the hub model `name`, and returns the snapshot folder."""
-    import shutil
-
     repo = folder / "hub" / f"models--{name.replace('/', '--')}"
     snapshot = repo / "snapshots" / ("a" * 40)
     shutil.copytree(tiny_model, snapshot)
@@ -195,6 +194,25 @@ def test_preflight_only_needs_no_gpu_and_leaves_no_run(start, tiny_model, tmp_pa
     assert "weight shard" in text
     assert "preflight passed" in text
     assert not (tmp_path / "out" / "run_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"hidden_act": "no-such"}, "config.json: no language model "),
+        ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "the weights are quantised by gptq"),
+        ("tokenizer_config.json", {"bos_token": 5}, "the tokenizer cannot be loaded"),
+    ],
+)
+def test_a_model_that_transformers_cannot_build(start, quick, tiny_model, tmp_path, file, changes, message):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    flags = [*quick, "--preflight_only", "--model_name_or_path", tmp_path / "model"]
+    code, text = start(*flags, "--output_dir", tmp_path / "out").wait()
+    assert code == 2, text
+    assert message in text.splitlines()[-1]
+    assert "Traceback" not in text
 
 
 def test_the_cpu_is_never_a_silent_fallback(start, tiny_model, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_infer import engine_args, order, prompts, start, store
+from batch_infer import engine_args, order, preflight, prompts, start, store
 from batch_infer.arguments import DEFAULT_MODEL, Arguments, parse
 from batch_infer.engine_args import EngineArgs
 from batch_infer.machine import Machine
@@ -43,8 +44,12 @@ def write(tmp_path: Path, name: str, text: str) -> Path:
         ("a.jsonl", '{"instruction": "one"}\n\n{"prompt": "two"}\n'),
         ("a.json", '\ufeff[{"instruction": "one", "output": "ignored"}, {"prompt": "two"}]'),
         ("a.txt", "one\n\ntwo\n"),
+        ("a.txt", "one\r\n\r\ntwo"),
+        ("a.csv", 'instruction,input,regex\none,,\n"two",,\n'),
+        ("a.json", '{"version": 1,\n "rows": [{"instruction": "one", "input": ""}, {"prompt": "two"}]}'),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "one"}]}\n{"conversations": [{"from": "human", "value": "two"}]}'),
     ],
-)
+)  # fmt: skip
 def test_formats(tmp_path, name, text):
     assert [record.instruction for record in prompts.read(write(tmp_path, name, text))] == ["one", "two"]
 
@@ -67,10 +72,67 @@ def test_files_that_cannot_be_read(tmp_path, name, text, expected):
         prompts.read(write(tmp_path, name, text))
 
 
+def test_only_line_feeds_end_a_prompt_in_text(tmp_path):
+    lines = ["a\u2028b", "a \x0c b", "a \x85 b", "a \x1c b", "a\rb", " a "]
+    found = prompts.read(write(tmp_path, "a.txt", "\n".join(lines)))
+    assert [record.instruction for record in found] == lines
+
+
 def test_bytes_that_are_not_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not UTF-8 text"):
+    with pytest.raises(UserError, match=r"not UTF-8 text .*; UTF-16: save it as UTF-8"):
         prompts.read(tmp_path / "a.txt")
+
+
+DEEP_SCHEMA = '{"items":' * 2000 + "{}" + "}" * 2000
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ('{"instruction": "x", "json_schema": ' + DEEP_SCHEMA + "}", "nested too deeply"),
+        ('{"instruction": "half an emoji \\ud83d"}', r"'instruction' holds U\+D83D"),
+        ('{"instruction": "x", "regex": "a\\u0000b"}', r"'regex' holds U\+0000"),
+        ('{"instruction": "x", "lora": 3}', "'lora' must be text, found int"),
+        ('{"instruction": "x", "input": 3}', "'input' must be text, found int"),
+        ('{"question": "x"}', r"no text under 'instruction'; a row has instruction, or prompt, .*\(found: 'question'\)"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "the last turn must be the user's"),
+        ("3", "expected an object, found int"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_fails_alone(tmp_path, row, error):
+    bad, good = prompts.read(write(tmp_path, "a.jsonl", row + '\n{"instruction": "hello"}'))
+    assert re.match(error, bad.error)
+    assert (good.index, good.instruction, good.error) == (1, "hello", None)
+
+
+def test_preflight_warns_of_bad_rows_and_fails_if_all_are(tmp_path):
+    path = write(tmp_path, "a.jsonl", '"x"\n3\n4')
+    _, text = preflight.look_at_prompts(Arguments(prompts=str(path)))
+    assert re.match("WARN: .*; 2 of them bad, the first is row 2: expected an object, found int", text)
+    write(tmp_path, "a.jsonl", "3\n4")
+    with pytest.raises(UserError, match=r"a.jsonl: none of the 2 rows can be used; row 1: expected an object"):
+        preflight.look_at_prompts(Arguments(prompts=str(path)))
+
+
+def test_alpacas_input_is_used_and_a_chat_keeps_its_turns(tmp_path):
+    turns = [{"role": who, "content": who} for who in ("system", "user", "assistant", "user")]
+    text = json.dumps([{"instruction": "Sort.", "input": "9 3", "output": "3 9"}, {"messages": turns}])
+    alpaca, chat = prompts.read(write(tmp_path, "a.json", text))
+    assert (alpaca.instruction, alpaca.messages) == ("Sort.\n\n9 3", [])
+    assert (chat.instruction, chat.messages) == ("user", turns)
+    seen = []
+
+    class Template(Words):
+        def apply_chat_template(self, messages, **options):
+            seen.append(messages)
+            return [1, 2]
+
+    args = Arguments()
+    assert not any(r.error for r in prompts.tokenise([alpaca, chat], args, Template(), 64, {None: "w"}))
+    assert seen == [[{"role": "user", "content": "Sort.\n\n9 3"}], turns]
+    *_, raw = prompts.tokenise([alpaca, chat], replace(args, raw=True), Words(), 64, {None: "w"})
+    assert raw.error == "a chat of several turns needs a template; leave out --raw"
 
 
 def test_both_grammars_are_refused(tmp_path):
@@ -246,6 +308,13 @@ def test_h200_gets_the_assignments_engine():
     assert "enable_deterministic_inference" not in fast
     assert values(Arguments(), replace(H200, gpus=4))["dp_size"] == 4
     assert values(Arguments(tp_size=2), replace(H200, gpus=4))["dp_size"] == 2
+
+
+def test_uuids_in_cuda_visible_devices_switch_off_what_cannot_read_them(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f6a1e0c,GPU-0b1c")
+    assert values(Arguments(tp_size=2), replace(H200, gpus=2))["disable_custom_all_reduce"] is True
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert "disable_custom_all_reduce" not in values(Arguments(tp_size=2), replace(H200, gpus=2))
 
 
 @pytest.mark.parametrize("flags", [{"top_k": 50}, {"top_p": 1.0}])

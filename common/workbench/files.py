@@ -1,4 +1,4 @@
-"""Files that survive a kill, one run per folder, rows of JSON, and recognising a full disk."""
+"""Files that survive a kill, one run per folder, and recognising a full disk."""
 
 import errno
 import fcntl
@@ -14,38 +14,6 @@ from pathlib import Path
 from . import UserError
 
 CLAIM_TIMEOUT_S = 5.0  # the processes of a run that was just killed may need a moment to disappear
-
-
-def read_rows(path: Path, flag: str) -> list[tuple[int, object]]:
-    """(number, row) of a JSON array (rows counted from 1) or of JSONL (lines). Raises UserError, which names the
-    file that `flag` gave, and the place."""
-    text = read_text(path, flag)
-    if text.lstrip().startswith("["):
-        rows = list(enumerate(_parse(text, 1, path, flag), 1))
-    else:  # not splitlines(): JSON may hold U+2028 and the like as they are
-        lines = enumerate(text.split("\n"), 1)
-        rows = [(number, _parse(line, number, path, flag)) for number, line in lines if line.strip()]
-    if not rows:
-        raise UserError(f"{flag} {path}: no rows in it")
-    return rows
-
-
-def read_text(path: Path, flag: str) -> str:
-    """UTF-8, with or without a byte order mark. Raises UserError."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag} {path}: not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be read ({error.strerror})") from error
-
-
-def _parse(text: str, line: int, path: Path, flag: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {line + error.lineno - 1}, column {error.colno}"
-        raise UserError(f"{flag} {path}, {where}: not valid JSON ({error.msg})") from error
 
 
 def to_json(value: object) -> object:

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from workbench import UserError
-from workbench.files import read_text
 from workbench.flags import flag, path_or_hub_id, read_flags
+from workbench.rows import FILES, read_text
 
 FOLDER = Path(__file__).resolve().parent.parent  # deepspeed/
 REHEARSAL = FOLDER.parent / "rehearsal"
@@ -146,7 +146,7 @@ def parse(argv: list[str]) -> Arguments:
         output_dir=str(Path(args.output_dir).absolute()),
         deepspeed=str(Path(args.deepspeed).absolute()),
         model_name_or_path=path_or_hub_id("model_name_or_path", args.model_name_or_path),
-        data_path=path_or_hub_id("data_path", args.data_path, (".json", ".jsonl")),
+        data_path=path_or_hub_id("data_path", args.data_path, FILES),
     )
     _check_ranges(args)
     if args.rehearse and not named_model:

@@ -1,4 +1,4 @@
-"""Rows of `prompt` / `chosen` -> token documents -> packed rows of `max_seq_len` tokens.
+"""Rows of prompt and answer -> token documents -> packed rows of `max_seq_len` tokens.
 
 A document is  BOS + prompt + chosen + EOS  in rm-static's own format ("\\n\\nHuman: ...\\n\\nAssistant:"),
 not Llama-2-chat's. The loss covers the answer and EOS only. The text is tokenised as one string that
@@ -27,15 +27,18 @@ from pathlib import Path
 import numpy as np
 
 from workbench import UserError
-from workbench.files import read_rows
+from workbench.rows import TRAINING_FORMS, read_rows, turns
 
 IGNORE = -100  # label of a position without loss
+# What stands before each turn, as in CHAT_TEMPLATE.
+BEFORE = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ '\n\nHuman: ' + message['content'] }}"
+    "{% if message['role'] == 'system' and loop.first %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}{{ '\n\nHuman: ' + message['content'] }}"
     "{% elif message['role'] == 'assistant' %}{{ '\n\nAssistant: ' + message['content'] }}"
-    "{% else %}{{ raise_exception('rm-static knows the roles user and assistant only') }}{% endif %}"
+    "{% else %}{{ raise_exception('a chat has the roles system (first only), user and assistant') }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}"
     "{% elif messages and messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
@@ -120,27 +123,34 @@ class Packed:
 # --- rows ---------------------------------------------------------------------------------------------
 
 
-def check_row(row: object, where: str) -> dict[str, str]:
-    """Returns {prompt, chosen} of one row or raises UserError naming `where` it stands."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with 'prompt' and 'chosen', found {type(row).__name__}")
-    for key in ("prompt", "chosen"):
-        if key not in row:
-            raise UserError(
-                f"{where}: no '{key}'; each row needs 'prompt' and 'chosen' (found: {', '.join(row)})"
-            )
-        if not isinstance(row[key], str):
-            raise UserError(f"{where}: '{key}' must be text, found {type(row[key]).__name__}")
-    if not row["prompt"].strip():
-        raise UserError(f"{where}: 'prompt' is empty; remove the row or fill it in")
-    return {"prompt": row["prompt"], "chosen": row["chosen"]}
+def check_row(row: object, number: int, where: str) -> dict:
+    """{prompt, chosen, row: its number} of a row in one of TRAINING_FORMS. Raises UserError naming `where` it stands."""
+    try:
+        found = turns(row, TRAINING_FORMS)
+        *before, chosen = (turn["content"] for turn in found)
+        prompt = "".join(before)
+        if row.get("prompt") is None or row.get("chosen") is None:  # not rm-static's text already
+            prompt, chosen = as_text(found)
+        if not prompt.strip():
+            raise UserError("'prompt' is empty; remove the row or fill it in")
+    except UserError as error:
+        raise UserError(f"{where}, row {number}: {error}") from error
+    return {"prompt": prompt, "chosen": chosen, "row": number}
 
 
-def read_file(path: Path) -> list[dict[str, str]]:
-    """Rows of a JSON array or JSONL file. Raises UserError with the file and the row or line (counted from 1)."""
-    return [
-        check_row(row, f"--data_path {path}, row {number}") for number, row in read_rows(path, "--data_path")
-    ]
+def as_text(found: list[dict[str, str]]) -> tuple[str, str]:
+    """(prompt, chosen) as CHAT_TEMPLATE renders them: the last answer is trained, what comes before it is its prompt."""
+    last = max((i for i, turn in enumerate(found) if turn["role"] == "assistant"), default=0)
+    if not any(turn["role"] == "user" and turn["content"].strip() for turn in found[:last]):
+        raise UserError("no answer of the assistant to a text of the user")
+    prompt = "".join(BEFORE[turn["role"]] + turn["content"] for turn in found[:last])
+    answer = found[last]["content"]
+    return prompt + "\n\nAssistant:", " " + answer if answer else ""
+
+
+def read_file(path: Path) -> list[dict]:
+    """Rows of a file. Raises UserError with the file and the row, counted from 1 (JSONL: the line)."""
+    return [check_row(row, number, f"--data_path {path}") for number, row in read_rows(path, "--data_path")]
 
 
 def read_hub(name: str, local_files_only: bool) -> tuple[list[dict], list[dict], str]:
@@ -158,16 +168,11 @@ def read_hub(name: str, local_files_only: bool) -> tuple[list[dict], list[dict],
     from datasets import load_dataset
 
     splits = load_dataset(str(folder))
-    for split, rows in splits.items():
-        missing = {"prompt", "chosen"} - set(rows.column_names)
-        if missing:
-            raise UserError(f"{name}, split {split}: no column {sorted(missing)}; found {rows.column_names}")
     if "train" not in splits:
         raise UserError(f"{name}: no split 'train'; found {list(splits)}")
 
     def checked(split: str) -> list[dict]:
-        rows = splits[split].select_columns(["prompt", "chosen"])
-        return [check_row(row, f"{name}, split {split}, row {i}") for i, row in enumerate(rows, 1)]
+        return [check_row(row, i, f"{name}, split {split}") for i, row in enumerate(splits[split], 1)]
 
     return checked("train"), checked("test") if "test" in splits else [], folder.name
 
@@ -314,6 +319,29 @@ def prepare(rows: list[dict], tokenizer, max_seq_len: int, row_multiple: int, wh
     """Rows -> packed rows. Raises UserError if no row gives a document."""
     documents, counts = tokenise(rows, tokenizer, max_seq_len)
     if not documents:
-        raise UserError(f"none of the {len(rows)} {what} rows can be used: {asdict(counts)}")
+        why = why_skipped(rows, counts, tokenizer, max_seq_len)
+        raise UserError(f"none of the {len(rows)} {what} rows can be used: {why}")
     packed = pack(documents, max_seq_len, tokenizer.pad_token_id, row_multiple)
     return replace(packed, counts=counts)
+
+
+def why_skipped(rows: list[dict], counts: TextCounts, tokenizer, max_seq_len: int) -> str:
+    """The reasons in words, each with its cure."""
+    reasons = []
+    if counts.skipped_special_token_text:
+        holding = {
+            token: [row["row"] for row in rows if token in row["prompt"] + row["chosen"]]
+            for token in tokenizer.all_special_tokens
+        }
+        found = ", ".join(f"{token} in {len(held)}" for token, held in holding.items() if held)
+        reasons.append(
+            f"{counts.skipped_special_token_text} hold special tokens as text ({found}; the first is row "
+            f"{min(min(held) for held in holding.values() if held)}): remove your template's markers, this program adds its own"
+        )
+    if counts.skipped_answer_too_long:
+        reasons.append(
+            f"{counts.skipped_answer_too_long} have an answer that does not fit: raise --max_seq_len {max_seq_len}"
+        )
+    if counts.skipped_no_answer_token:
+        reasons.append(f"{counts.skipped_no_answer_token} have an empty answer: fill it in")
+    return "; ".join(reasons)

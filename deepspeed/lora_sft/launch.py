@@ -19,7 +19,13 @@ from pathlib import Path
 from workbench import UserError
 from workbench.processes import STOP_SIGNALS, STOPPED, die_with_parent, free_port
 
-OTHER_LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "MV2_", "MPI_")  # DeepSpeed and accelerate would take ranks from them
+OTHER_LAUNCHERS = (
+    "OMPI_",
+    "PMI_",
+    "PMIX_",
+    "MV2_",
+    "MPI_",
+)  # DeepSpeed and accelerate would take ranks from them
 GRACE_S = 10.0  # what the others may take to end after one has failed, then as long again after a SIGTERM
 
 

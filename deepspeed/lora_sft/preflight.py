@@ -12,7 +12,14 @@ from pathlib import Path
 from workbench import UserError
 from workbench.files import check_room, write_json
 from workbench.machine import Table, versions
-from workbench.models import explain_hub_error, find_model, weights_fingerprint
+from workbench.models import (
+    check_config,
+    explain_hub_error,
+    find_model,
+    in_one_line,
+    load_tokenizer,
+    weights_fingerprint,
+)
 
 from . import data, memory
 from .arguments import Arguments
@@ -114,7 +121,10 @@ def look_at_packages() -> tuple[dict[str, str], str]:
 def look_at_names(args: Arguments) -> None:
     """Names that only a library can judge."""
     from transformers import SchedulerType
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
 
     schedules = [schedule.value for schedule in SchedulerType]
     if args.lr_scheduler_type not in schedules:
@@ -122,6 +132,10 @@ def look_at_names(args: Arguments) -> None:
     reporters = ("none", "all", *INTEGRATION_TO_CALLBACK)
     if args.report_to not in reporters:
         raise UserError(f"--report_to {args.report_to}: choose {', '.join(reporters)}")
+    if args.report_to not in ("none", "all", *get_available_reporting_integrations()):
+        raise UserError(
+            f"--report_to {args.report_to}: it is not installed here; install it, or leave the flag out"
+        )
 
 
 # --- model and data -----------------------------------------------------------------------------------
@@ -130,6 +144,8 @@ def look_at_names(args: Arguments) -> None:
 def look_at_model(args: Arguments) -> tuple[FoundModel, str]:
     """Finds or fetches the model."""
     folder, revision, found = find_model(args.model_name_or_path, "--model_name_or_path", PROGRAM)
+    check_config(folder)
+    load_tokenizer(folder)
     return FoundModel(str(folder), revision, revision or weights_fingerprint(folder)), found
 
 
@@ -179,6 +195,8 @@ def pack_rows(
         f"{report['padding_share']:.1%} padding, {report['trained_share']:.0%} trained; {report['prompt_cut']} cut, "
         f"{skipped} skipped, {report['space_inserted']} joined by a space"
     )
+    if skipped >= report["rows"] / 10:
+        text = f"WARN: {text}; {data.why_skipped(to_train, packed.counts, tokenizer, args.max_seq_len)}"
     share = memory.largest_answer_share(packed.answer_tokens, args.max_seq_len, args.rows_per_micro_batch)
     return Packing(report, evaluation.report(), share), text
 
@@ -195,13 +213,17 @@ def look_at_lora(
 
     from .model import add_adapters
 
-    config = AutoConfig.from_pretrained(model.model_folder)
-    if args.max_seq_len > config.max_position_embeddings:
+    try:
+        config = AutoConfig.from_pretrained(model.model_folder, trust_remote_code=False)
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config)
+        positions = config.max_position_embeddings
+    except Exception as error:  # each class of models has its own
         raise UserError(
-            f"--max_seq_len {args.max_seq_len}: the model was trained for {config.max_position_embeddings} positions"
-        )
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config)
+            f"{model.model_folder}/config.json: no language model ({in_one_line(error)})"
+        ) from error
+    if args.max_seq_len > positions:
+        raise UserError(f"--max_seq_len {args.max_seq_len}: the model was trained for {positions} positions")
     base = {name: parameter.numel() for name, parameter in network.named_parameters()}
     matmul = matmul_parameters(network)
     check_targets(args, network)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from workbench import UserError
-from workbench.models import fingerprint
+from workbench.models import ADAPTER_FILES, check_tokens, fingerprint, read_adapter, read_object
 
 from .model import projection_shapes
 from .prompts import Record
@@ -14,11 +14,28 @@ from .prompts import Record
 # SGLang 0.5.17 loads q, k, v and gate, up as one matrix each (normalize_qkv_proj, normalize_gate_up_proj): without
 # these partners its scheduler dies of a KeyError or ValueError. A missing k or up is zero.
 STACKED_WITH = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-# Settings of PEFT that SGLang does not read: it would serve another adapter.
-PEFT_ALONE = (
-    *("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "lora_bias"),
-    *("use_qalora", "alora_invocation_tokens", "layer_replication"),
+TENSOR = re.compile(
+    r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.lora_([AB])(?:\.default)?\.weight"
 )
+# What adapter_config.json may say: what is checked here, of training, and where the adapter came from. Whatever else
+# is set makes PEFT compute something that SGLang does not.
+UNDERSTOOD = {
+    *("r", "lora_alpha", "target_modules", "peft_type", "bias", "init_lora_weights"),
+    *("auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode"),
+    *("lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "ensure_weight_tying"),
+    *("megatron_core", "runtime_config"),
+}
+REASONS = {
+    "use_dora": "DoRA is not served by SGLang",
+    "use_rslora": "rsLoRA would be served with the wrong scale (alpha/r)",
+}
+# The other initialisations of PEFT change the base's weights, too.
+VALUES = {
+    "peft_type": ("LORA",),
+    "bias": (None, "none"),
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
+}
 
 
 def check_all(records: list[Record], lora_path: str, config: dict) -> tuple[list[Record], dict[str, str]]:
@@ -42,63 +59,73 @@ def check_all(records: list[Record], lora_path: str, config: dict) -> tuple[list
 
 
 def adapter_fingerprint(folder: Path) -> str:
-    return fingerprint([folder / "adapter_config.json", folder / "adapter_model.safetensors"])
+    return fingerprint([folder / name for name in ADAPTER_FILES])
 
 
 def base_name(folder: Path) -> str | None:
     """The model that the adapter was trained on, as it says itself."""
-    return json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    return read_object(folder / "adapter_config.json").get("base_model_name_or_path")
 
 
 def check(folder: Path, config: dict) -> None:
-    """Raises UserError for an adapter that SGLang would refuse late or serve wrongly (DoRA, rsLoRA, other
-    kinds, another base), or that cannot be read. `config` is the base model's."""
-    try:
-        _check_settings(folder)
-        _check_tensors(folder, config)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"adapter {folder}: cannot be read ({error!r})") from error
+    """Raises UserError for an adapter that SGLang would refuse late or serve wrongly, or that cannot be read. `config`
+    is the base model's."""
+    settings, tensors = read_adapter(folder)
+    check_tokens(folder, config["vocab_size"])
+    _check_settings(folder, settings)
+    modules = _check_tensors(folder, settings, tensors, config)
+    targets = settings.get("target_modules")
+    named = {str(name).split(".")[-1] for name in targets} if isinstance(targets, list) else set()
+    if targets != "all-linear" and not modules <= named <= projection_shapes(config).keys():
+        raise UserError(
+            f"adapter {folder}: target_modules {targets!r} is no list of this model's projections, which SGLang wants; "
+            f"its tensors are those of {json.dumps(sorted(modules))}: write this into adapter_config.json"
+        )
 
 
-def _check_settings(folder: Path) -> None:
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        if not (folder / name).exists():
-            raise UserError(f"adapter {folder}: no {name}; give the folder of a finished fine-tuning run")
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    if settings.get("peft_type") != "LORA":
-        raise UserError(f"adapter {folder}: {settings.get('peft_type')} adapters are not served, only LoRA")
-    reasons = {
-        "use_dora": "DoRA is not served by SGLang; merge it into its base, or train LoRA",
-        "use_rslora": "rsLoRA would be served with the wrong scale (alpha/r); merge it into its base",
-    } | {name: f"{name} is not served by SGLang; merge it into its base" for name in PEFT_ALONE}
-    for name, reason in reasons.items():
-        if settings.get(name):
-            raise UserError(f"adapter {folder}: {reason}")
-
-
-def _check_tensors(folder: Path, config: dict) -> None:
-    with (folder / "adapter_model.safetensors").open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    shapes, layers = projection_shapes(config), config["num_hidden_layers"]
-    adapted: dict[str, set[str]] = {}
-    for name, tensor in header.items():
-        match = re.search(r"layers\.(\d+)\..*?(\w+_proj)\.lora_([AB])", name)
-        if name == "__metadata__":
-            continue
-        if not match or match[2] not in shapes:
-            raise UserError(f"adapter {folder}: {name} is not a projection of a decoder layer")
-        expected = shapes[match[2]][0] if match[3] == "A" else shapes[match[2]][1]
-        size = tensor["shape"][1 if match[3] == "A" else 0]
-        if size != expected or int(match[1]) >= layers:
+def _check_settings(folder: Path, settings: dict) -> None:
+    for name, value in settings.items():
+        if name in VALUES and value not in VALUES[name]:
             raise UserError(
-                f"adapter {folder} was trained on another base ({base_name(folder)}): {name} has size {size}, this "
-                f"model {expected} in {layers} layers"
+                f"adapter {folder}: {name} {value!r} is not served by SGLang; merge it into its base"
             )
-        adapted.setdefault(match[1], set()).add(match[2])
+        if value and name not in UNDERSTOOD:
+            reason = REASONS.get(name, f"{name} is not served by SGLang")
+            raise UserError(f"adapter {folder}: {reason}; merge it into its base")
+    if "peft_type" not in settings:
+        raise UserError(f"adapter {folder}: adapter_config.json names no peft_type; save it with PEFT")
+    alpha = settings.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
+        raise UserError(f"adapter {folder}: lora_alpha is {alpha!r}; a number is expected")
+
+
+def _check_tensors(folder: Path, settings: dict, tensors: dict[str, list[int]], config: dict) -> set[str]:
+    """The names of the projections that it adapts."""
+    shapes, layers, rank = projection_shapes(config), config["num_hidden_layers"], settings.get("r")
+    adapted: dict[str, set[str]] = {}  # of each layer, the projections' names with A or B
+    for name, shape in tensors.items():
+        match = TENSOR.fullmatch(name)
+        if not match or match[2] not in shapes:
+            raise UserError(
+                f"adapter {folder}: {name} is not a projection of a decoder layer; merge it into its base"
+            )
+        layer, module, side = match.groups()
+        inner, outer = shapes[module]
+        wanted = [rank, inner] if side == "A" else [outer, rank]
+        if int(layer) >= layers or shape != wanted:
+            raise UserError(
+                f"adapter {folder} was trained on another base ({base_name(folder)}), or with another r: {name} has shape "
+                f"{shape}; r {rank!r} and this model's {layers} layers want {wanted}"
+            )
+        adapted.setdefault(layer, set()).add(f"{module}.{side}")
     for layer, names in adapted.items():
-        for name, partner in STACKED_WITH.items():
-            if name in names and partner not in names:
-                raise UserError(
-                    f"adapter {folder}: layer {layer} adapts {name} but not {partner}, which SGLang stacks with it; "
-                    "merge it into its base, or train both"
-                )
+        for name in sorted(names):
+            module, side = name.split(".")
+            partner = STACKED_WITH.get(module, module)
+            for needed in (f"{module}.{'AB'[side == 'A']}", f"{partner}.{side}"):
+                if needed not in names:
+                    raise UserError(
+                        f"adapter {folder}: layer {layer} adapts {name} but not {needed}, which SGLang computes with it; "
+                        "merge it into its base, or train both"
+                    )
+    return {name.split(".")[0] for names in adapted.values() for name in names}

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from workbench import UserError
 from workbench.flags import flag, path_or_hub_id, read_flags
+from workbench.models import read_object
+from workbench.rows import FILES
 
 FOLDER = Path(__file__).resolve().parent.parent  # sglang/
 REHEARSAL = FOLDER.parent / "rehearsal"
@@ -152,7 +154,7 @@ def _with_paths(args: Arguments) -> Arguments:
         args,
         output_file=str(output),
         model_path=path_or_hub_id("model_path", args.model_path),
-        prompts=path_or_hub_id("prompts", args.prompts, (".json", ".jsonl", ".txt")),
+        prompts=path_or_hub_id("prompts", args.prompts, (*FILES, ".txt")),
         lora_path=args.lora_path and path_or_hub_id("lora_path", args.lora_path, ("",)),
     )
 
@@ -197,9 +199,11 @@ def _checked_engine_args(args: Arguments) -> dict:
 
 def _base_of(adapter: Path) -> str:
     try:
-        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--lora_path {adapter}: no adapter_config.json that names the base model") from error
+        base = read_object(adapter / "adapter_config.json").get("base_model_name_or_path")
+    except UserError as error:
+        raise UserError(
+            f"--lora_path {adapter}: no adapter_config.json that names the base ({error})"
+        ) from error
     if not isinstance(base, str):
         raise UserError(f"--lora_path {adapter}: adapter_config.json names no base; name it with --model_path")
     if base.startswith("/") and not Path(base).is_dir():

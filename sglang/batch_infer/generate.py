@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from workbench import UserError
 
-from . import order
+from . import grammars, order
 from .order import Part
 from .prompts import Record
 from .store import PartialFile, answer_row, failure_row
@@ -70,8 +70,9 @@ async def ask_all(
     returns when these are answered."""
     # Problem 2c: follow the plans of all parts together, and wait for them.
     async with asyncio.TaskGroup() as followed:
-        for part in parts:
-            followed.create_task(order.follow(part.plan, functools.partial(answer, part), in_flight))
+        for copy_part in parts:
+            answer_one = functools.partial(answer, copy_part)
+            followed.create_task(order.follow(copy_part.plan, answer_one, in_flight))
     # End of problem 2c
 
 
@@ -87,6 +88,8 @@ async def row_of(engine, record: Record, copy: int | None, cached: Told, waiting
     reason = result["meta_info"]["finish_reason"]
     if reason["type"] == "abort":
         return failure_row(record, f"aborted by the engine: {reason.get('message')}")
+    if error := grammars.failed(record.sampling_params, result):
+        return failure_row(record, error)
     return answer_row(record, result)
 
 

@@ -111,8 +111,19 @@ def look_at_model(args: Arguments) -> tuple[Model, str]:
     if args.rehearse and folder == args.folder / TINY_MODEL and not (folder / "config.json").exists():
         build_tiny_model(folder)
     dummy = args.own_engine_args.get("load_format") == "dummy"
-    folder, revision, text = find_model(args.model_path, "--model_path", PROGRAM, weights=not dummy)
-    return model.read(folder, revision, revision or weights_fingerprint(folder)), text
+    try:
+        folder, revision, text = find_model(args.model_path, "--model_path", PROGRAM, weights=not dummy)
+    except UserError as error:
+        if args.lora_path and args.model_path == adapters.base_name(Path(args.lora_path)):
+            raise UserError(f"{error}; the adapter names this base: name it with --model_path") from error
+        raise
+    found = model.read(folder, revision, revision or weights_fingerprint(folder), args.device)
+    if window := model.sliding_window(found.config):
+        text = (
+            f"WARN: {text}; SGLang has no sliding-window attention for it, which changes nothing up to {window} tokens: "
+            f"prompt and answer are limited to {found.context_tokens}"
+        )
+    return found, text
 
 
 def build_tiny_model(folder: Path) -> None:
@@ -130,9 +141,15 @@ def look_at_prompts(args: Arguments) -> tuple[tuple[list[Record], str, str | Non
     path, revision = prompts.find(args.prompts)
     records = prompts.read(path)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    bad = sum(record.error is not None for record in records)
+    bad = [record for record in records if record.error]
     text = f"{args.prompts}: {len(records)} records, SHA-256 {sha256[:12]}"
-    return (records, sha256, revision), f"WARN: {text}; {bad} of them bad" if bad else text
+    if bad:
+        text = f"WARN: {text}; {len(bad)} of them bad, the first is row {bad[0].index + 1}: {bad[0].error}"
+    if len(bad) == len(records):
+        raise UserError(
+            f"--prompts {args.prompts}: none of the {len(records)} rows can be used; row 1: {bad[0].error}"
+        )
+    return (records, sha256, revision), text
 
 
 def look_at_adapters(

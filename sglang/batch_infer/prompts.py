@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from workbench import UserError
-from workbench.files import read_rows, read_text
 from workbench.models import explain_hub_error
+from workbench.rows import PROMPT_FORMS, read_rows, read_text, text, turns
 
+from . import grammars
 from .arguments import PROGRAM, Arguments
 
 ALPACA_EVAL = "alpaca_eval.json"  # plain JSON; the data set's loading script no longer works (datasets >= 4)
@@ -24,7 +25,8 @@ class Record:
     adapters.check_all does."""
 
     index: int
-    instruction: str
+    instruction: str  # of a chat, its last turn
+    messages: list[dict[str, str]] = field(default_factory=list)  # all turns, if there are several
     regex: str | None = None
     json_schema: str | None = None  # as JSON text
     lora: str | None = None  # adapter folder; None: the base model
@@ -58,14 +60,15 @@ def find(name: str) -> tuple[Path, str | None]:
 
 
 def read(path: Path) -> list[Record]:
-    """Reads a JSON array, JSONL, or text with a prompt a line. A row is a string or an object with
-    `instruction` (or `prompt`) and optionally `regex`, `json_schema`, `lora`; other keys are ignored.
+    """Reads .txt with a prompt a line, or what `read_rows` reads. A row is a string or an object in one of PROMPT_FORMS
+    and optionally `regex`, `json_schema`, `lora`; other keys are ignored.
 
     Raises UserError with file and line for a file that cannot be read; a row whose content is bad becomes a
     record with an `error`.
     """
-    if path.suffix == ".txt":
-        rows = [line for line in read_text(path, "--prompts").splitlines() if line.strip()]
+    if path.suffix.lower() == ".txt":  # not splitlines(): U+2028, form feed and the like belong to a prompt
+        lines = read_text(path, "--prompts").split("\n")
+        rows = [line.removesuffix("\r") for line in lines if line.strip()]
     else:
         rows = [row for _, row in read_rows(path, "--prompts")]
     if not rows:
@@ -74,25 +77,26 @@ def read(path: Path) -> list[Record]:
 
 
 def _record(index: int, row: object) -> Record:
-    if isinstance(row, str):
-        row = {"instruction": row}
-    if not isinstance(row, dict):
-        return Record(index, "", error=f"row {index + 1} is neither a string nor an object")
-    instruction = row.get("instruction", row.get("prompt"))
-    if not isinstance(instruction, str):
-        return Record(index, "", error=f"row {index + 1} has no text under 'instruction'")
-    given = {name: row[name] for name in OPTIONAL_KEYS if row.get(name) is not None}
-    if isinstance(given.get("json_schema"), (dict, bool)):
-        given["json_schema"] = json.dumps(given["json_schema"], sort_keys=True)
-    error = None
-    if other := [name for name, value in given.items() if not isinstance(value, str)]:
-        error = f"row {index + 1}: '{other[0]}' must be text"
-    elif not instruction.strip():
-        error = "the instruction is empty"
-    elif "regex" in given and "json_schema" in given:
-        error = "both 'regex' and 'json_schema' are given; use one"
-    texts = {name: value for name, value in given.items() if isinstance(value, str)}
-    return Record(index, instruction, **texts, error=error)
+    instruction = ""
+    try:
+        row = {"instruction": row} if isinstance(row, str) else row
+        messages = turns(row, PROMPT_FORMS)
+        if messages[-1]["role"] != "user":
+            raise UserError("the last turn must be the user's; remove the answer")
+        instruction = messages[-1]["content"]
+        if not instruction.strip():
+            raise UserError("the instruction is empty")
+        row = {name: row[name] for name in OPTIONAL_KEYS if row.get(name) is not None}
+        if isinstance(row.get("json_schema"), (dict, bool)):
+            row["json_schema"] = json.dumps(row["json_schema"], sort_keys=True)
+        own = {name: text(row, name) for name in row}
+        if "regex" in own and "json_schema" in own:
+            raise UserError("both 'regex' and 'json_schema' are given; use one")
+    except UserError as error:
+        return Record(index, instruction, error=str(error))
+    except (RecursionError, TypeError) as error:  # parquet can hold more than JSON
+        return Record(index, instruction, error=f"'json_schema' cannot be written as JSON: {error}")
+    return Record(index, instruction, messages if len(messages) > 1 else [], **own)
 
 
 # --- checking and tokenising --------------------------------------------------------------------------
@@ -115,10 +119,13 @@ def tokenise(
 
 
 def _tokenised(record: Record, args: Arguments, tokenizer, context_tokens: int, weights: dict) -> Record:
-    if error := record.error or grammar_error(record):
+    backend = args.own_engine_args.get("grammar_backend", "xgrammar")
+    if error := record.error or grammars.refused(record.regex, record.json_schema, backend):
         return replace(record, error=error)
+    if args.raw and record.messages:
+        return replace(record, error="a chat of several turns needs a template; leave out --raw")
     try:
-        ids = _ids(record.instruction, tokenizer, args.raw)
+        ids = _ids(record, tokenizer, args.raw)
     except Exception as error:  # whatever it is, it is this record's
         return replace(record, error=f"cannot be tokenised: {error!r}"[:300])
     room = context_tokens - len(ids) - 1  # SGLang wants prompt + answer below the context length
@@ -136,26 +143,8 @@ def _tokenised(record: Record, args: Arguments, tokenizer, context_tokens: int, 
     return replace(record, input_ids=ids, sampling_params=params, key=key)
 
 
-def _ids(instruction: str, tokenizer, raw: bool) -> list[int]:
+def _ids(record: Record, tokenizer, raw: bool) -> list[int]:
     if raw:
-        return tokenizer(instruction)["input_ids"]
-    messages = [{"role": "user", "content": instruction}]
+        return tokenizer(record.instruction)["input_ids"]
+    messages = record.messages or [{"role": "user", "content": record.instruction}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
-def grammar_error(record: Record) -> str | None:
-    """Why its regex or schema cannot be used, as the engine's grammar library (xgrammar) sees it."""
-    if record.regex is None and record.json_schema is None:
-        return None
-    import xgrammar
-
-    try:
-        if record.regex is not None:
-            xgrammar.Grammar.from_regex(record.regex)
-        else:
-            json.loads(record.json_schema)
-            xgrammar.Grammar.from_json_schema(record.json_schema)
-    except (RuntimeError, ValueError) as error:
-        what = "regex" if record.regex is not None else "json_schema"
-        return f"invalid {what}: {str(error).strip().splitlines()[-1][:200]}"
-    return None
