@@ -35,7 +35,7 @@ rehearse: .venv/.installed  ## both jobs on the CPU: tiny model, shipped data, s
 	python sglang/run_sglang.py --rehearse --lora_path $$runs/finetune --output_file $$runs/inference/outputs.jsonl
 
 test: .venv/.installed  ## every claim once, on real DeepSpeed and SGLang, without a GPU or the hub
-	@$(RUN) python -P -m pytest -m 'not long' -n 3 --dist loadfile --no-loadscope-reorder
+	@$(RUN) python -P -m pytest -m 'not long' -n 2 --dist loadfile --no-loadscope-reorder
 
 reference: .venv/.installed  ## does this machine compute what the committed rehearsal did?
 	@$(RUN) python handout/reference.py
@@ -60,7 +60,7 @@ clean:  ## remove rehearsal runs and caches (not .venv, not your outputs)
 .PHONY: test-all test-v100 lint format lock handout grade
 
 test-all: .venv/.installed  ## the long versions too
-	@$(RUN) python -P -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@$(RUN) python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-v100: .venv-v100/.installed  ## parity and resume in the environment for Volta GPUs (torch 2.7.1)
 	@VENV=.venv-v100; source ./env.sh && python -P -m pytest -m v100

@@ -39,7 +39,7 @@ settings.load_profile("repository")
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that the workers of `make test`, which take a file each, end together."""
+    """The longest files first, so that the two workers of `make test`, which take a file each, end together."""
     longest = ("test_training", "test_resume", "test_inference", "test_jump_forward", "test_radix_lab")
     items.sort(key=lambda item: item.path.stem not in longest)
 
