@@ -254,27 +254,35 @@ UNIQUE = AN_ARRAY | {"uniqueItems": True}
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    ("text", "end", "grammar", "reason"),
     [
         (
-            row("[1, 1]", json_schema=UNIQUE),
-            "does not obey json_schema: [1, 1] has non-unique elements at $; the same",
+            "[1, 1]",
+            "stop",
+            {"json_schema": UNIQUE},
+            "json_schema: [1, 1] has non-unique elements at $; the same",
         ),
-        (row('{"a": "b"}', json_schema=AN_OBJECT), "'b' is not of type 'integer' at $.a"),
-        (row('"\x01"', json_schema={}), "the answer is not JSON: Invalid control character"),
-        (row('"2024-02-30"', json_schema={"format": "date"}), "'2024-02-30' is not a 'date'"),
-        (row("1", json_schema={"$ref": "https://example.org/a"}), "cannot be checked against json_schema: "),
-        (row("[" * 10**5, json_schema={}), "the answer is not JSON"),
-        (row('{"a": 1', "length", json_schema=AN_OBJECT), "cut at 9 new tokens before its JSON ended: raise"),
-        (row("12", regex="[0-9]{3}"), "the answer does not match regex: '12'"),
-        (row("12", "length", regex="[0-9]{3}"), "cut at 9 new tokens before its match ended"),
+        ('{"a": "b"}', "stop", {"json_schema": AN_OBJECT}, "'b' is not of type 'integer' at $.a"),
+        ('"\x01"', "stop", {"json_schema": {}}, "the answer is not JSON: Invalid control character"),
+        ('"2024-02-30"', "stop", {"json_schema": {"format": "date"}}, "'2024-02-30' is not a 'date'"),
+        (
+            "1",
+            "stop",
+            {"json_schema": {"$ref": "https://example.org/a"}},
+            "cannot be checked against json_schema: ",
+        ),
+        ("[" * 10**5, "stop", {"json_schema": {}}, "the answer is not JSON"),
+        ('{"a": 1', "length", {"json_schema": AN_OBJECT}, "cut at 9 new tokens before its JSON ended: raise"),
+        ("12", "stop", {"regex": "[0-9]{3}"}, "the answer does not match regex: '12'"),
+        ("12", "length", {"regex": "[0-9]{3}"}, "cut at 9 new tokens before its match ended"),
     ],
 )
-def test_an_answer_that_disobeys_is_a_failure_and_tried_again(row, reason, tmp_path):
-    assert reason in row["error"]
-    assert "output" not in row
+def test_an_answer_that_disobeys_is_a_failure_and_tried_again(text, end, grammar, reason, tmp_path):
+    found = row(text, end, **grammar)
+    assert reason in found["error"]
+    assert "output" not in found
     partial = PartialFile(tmp_path, {}, {})
-    partial.append([row])
+    partial.append([found])
     assert not partial.done(Record(0, "x", key="k"))
 
 
