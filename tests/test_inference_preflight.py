@@ -416,7 +416,6 @@ def test_a_window_of_attention_limits_the_context(tmp_path, changes, context):
         ("config.json", b"[]", "a JSON object is expected, this is a list"),
         ("tokenizer.json", POINTER, "tokenizer.json: a Git-LFS pointer"),
         ("tokenizer.json", b"{}", "tokenizer.json: not a tokenizer"),
-        ("added_tokens.json", b'{"<pad>": 32}', "gives '<pad>' the id 32, the embedding has 32 rows"),
         (
             "model.safetensors",
             POINTER,

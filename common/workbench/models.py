@@ -123,13 +123,13 @@ def check_config(folder: Path, quantised: tuple[str, ...] = ()) -> dict:
         raise UserError(
             f"{path}: pad_token_id {padding} is outside the embedding of {rows} rows; write null, or a token's id"
         )
-    check_tokens(folder, rows)
+    check_tokens(folder, rows, added=False)  # mirrors of Llama-2 carry a <pad> there that no text holds
     return config
 
 
-def check_tokens(folder: Path, rows: int) -> None:
-    """Raises UserError if the tokenizer in a model's or adapter's folder has ids for which an embedding of so many
-    `rows` has none."""
+def check_tokens(folder: Path, rows: int, added: bool = True) -> None:
+    """Raises UserError if the tokenizer in a model's or adapter's folder, and what it has `added`, has ids for which an
+    embedding of so many `rows` has none."""
     from tokenizers import Tokenizer
 
     tokens: dict[str, int] = {}
@@ -140,7 +140,7 @@ def check_tokens(folder: Path, rows: int) -> None:
             tokens |= Tokenizer.from_file(str(path)).get_vocab()
         except Exception as error:  # the library raises nothing more special
             raise UserError(f"{path}: not a tokenizer ({error}); copy or download it again") from error
-    if (folder / "added_tokens.json").exists():
+    if added and (folder / "added_tokens.json").exists():
         tokens |= read_object(folder / "added_tokens.json")
     for token, index in tokens.items():
         if not isinstance(index, int) or index >= rows:
