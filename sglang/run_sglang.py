@@ -101,8 +101,8 @@ def set_up_environment(args: Arguments) -> None:
 def tokenise(args: Arguments, inputs: Inputs) -> list[Record]:
     tokenizer = load_tokenizer(Path(engine_args.tokenizer_folder(args, inputs.model)))
     context = engine_args.context_tokens(args, inputs.model)
-    weights = {None: inputs.model.weights_id} | inputs.adapters
-    return prompts.tokenise(inputs.records, args, tokenizer, context, weights)
+    vocab_size, weights = inputs.model.config["vocab_size"], {None: inputs.model.weights_id} | inputs.adapters
+    return prompts.tokenise(inputs.records, args, tokenizer, context, vocab_size, weights)
 
 
 def decide(args: Arguments, inputs: Inputs, records: list[Record], todo: list[Record]) -> Run:

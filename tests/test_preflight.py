@@ -260,3 +260,18 @@ def test_disk_that_is_too_small_fails_early(tmp_path):
     ):
         preflight.look_at_disk(args, 10**15)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_token_that_only_the_tokenizer_knows_is_refused_in_texts_alone(start, quick, tiny_model, tmp_path):
+    """As the <pad> of some mirrors of Llama-2."""
+    folder, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    shutil.copytree(tiny_model, folder)
+    (folder / "added_tokens.json").write_text('{"<pad>": 1024}')
+    flags = [*quick, "--preflight_only", "--model_name_or_path", folder, "--output_dir", tmp_path / "out"]
+    code, text = start(*flags).wait()
+    assert code == 0, text
+    row = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " <pad> me"}
+    rows.write_text(f"{json.dumps(row)}\n" * 20)
+    code, text = start(*flags, "--data_path", rows).wait()
+    assert code == 2, text
+    assert "texts hold '<pad>', which the tokenizer of" in text

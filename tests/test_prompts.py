@@ -129,9 +129,9 @@ def test_alpacas_input_is_used_and_a_chat_keeps_its_turns(tmp_path):
             return [1, 2]
 
     args = Arguments()
-    assert not any(r.error for r in prompts.tokenise([alpaca, chat], args, Template(), 64, {None: "w"}))
+    assert not any(r.error for r in prompts.tokenise([alpaca, chat], args, Template(), 64, 10**6, {None: "w"}))
     assert seen == [[{"role": "user", "content": "Sort.\n\n9 3"}], turns]
-    *_, raw = prompts.tokenise([alpaca, chat], replace(args, raw=True), Words(), 64, {None: "w"})
+    *_, raw = prompts.tokenise([alpaca, chat], replace(args, raw=True), Words(), 64, 10**6, {None: "w"})
     assert raw.error == "a chat of several turns needs a template; leave out --raw"
 
 
@@ -158,7 +158,15 @@ def tokenised(
     args: Arguments, texts: list[str], weights: str = "w", tokenizer: Words | None = None
 ) -> list[Record]:
     found = [Record(index, text) for index, text in enumerate(texts)]
-    return prompts.tokenise(found, args, tokenizer or Words(), 64, {None: weights})
+    return prompts.tokenise(found, args, tokenizer or Words(), 64, 10**6, {None: weights})
+
+
+def test_a_token_that_the_embedding_lacks_costs_its_record_alone():
+    found = prompts.tokenise(
+        [Record(0, "a bb"), Record(1, "a ccccc")], Arguments(), Words(), 64, 5, {None: "w"}
+    )
+    assert [bool(record.error) for record in found] == [False, True]
+    assert "no row for" in found[1].error
 
 
 def test_keys_and_seeds_depend_on_everything_that_matters():

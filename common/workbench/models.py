@@ -123,7 +123,7 @@ def check_config(folder: Path, quantised: tuple[str, ...] = ()) -> dict:
         raise UserError(
             f"{path}: pad_token_id {padding} is outside the embedding of {rows} rows; write null, or a token's id"
         )
-    check_tokens(folder, rows, added=False)  # mirrors of Llama-2 carry a <pad> there that no text holds
+    check_tokens(folder, rows, added=False)  # mirrors of Llama-2 have a <pad> there; texts are looked at
     return config
 
 

@@ -18,6 +18,7 @@ from workbench.models import (
     find_model,
     in_one_line,
     load_tokenizer,
+    read_object,
     weights_fingerprint,
 )
 
@@ -145,7 +146,6 @@ def look_at_model(args: Arguments) -> tuple[FoundModel, str]:
     """Finds or fetches the model."""
     folder, revision, found = find_model(args.model_name_or_path, "--model_name_or_path", PROGRAM)
     check_config(folder)
-    load_tokenizer(folder)
     return FoundModel(str(folder), revision, revision or weights_fingerprint(folder)), found
 
 
@@ -178,14 +178,20 @@ def pack_rows(
     args: Arguments, model: FoundModel, gpus: Gpus, to_train: list[dict], held_out: list[dict], work_dir: Path
 ) -> tuple[Packing, str]:
     """Rows -> train.npz and eval.npz in `work_dir`, which the ranks read."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model.model_folder)
+    folder = Path(model.model_folder)
+    tokenizer, vocab_size = load_tokenizer(folder), read_object(folder / "config.json")["vocab_size"]
     data.set_up_tokenizer(tokenizer)
     per_forward = gpus.world_size * args.rows_per_micro_batch
     per_step = per_forward * args.gradient_accumulation_steps
     packed = data.prepare(to_train, tokenizer, args.max_seq_len, per_step, "train")
     evaluation = data.prepare(held_out, tokenizer, args.max_seq_len, per_forward, "eval")
+    if beyond := sorted(
+        int(i) for i in {packed.input_ids.max(), evaluation.input_ids.max()} if i >= vocab_size
+    ):
+        raise UserError(
+            f"--data_path: texts hold {tokenizer.decode(beyond[:1])!r}, which the tokenizer of {folder} gives the id "
+            f"{beyond[0]}, and the embedding has {vocab_size} rows; remove it from the texts"
+        )
     packed.save(work_dir / "train.npz")
     evaluation.save(work_dir / "eval.npz")
     report = packed.report()

@@ -103,19 +103,28 @@ def _record(index: int, row: object) -> Record:
 
 
 def tokenise(
-    records: list[Record], args: Arguments, tokenizer, context_tokens: int, weights: dict[str | None, str]
+    records: list[Record],
+    args: Arguments,
+    tokenizer,
+    context_tokens: int,
+    vocab_size: int,
+    weights: dict[str | None, str],
 ) -> list[Record]:
     """The records with token ids, sampling parameters and key, or with their error.
 
     `tokenizer` applies its own chat template (`--raw` tokenises the text as it is); ids, not text, go to the
-    engine, which would add BOS a second time. `weights` maps None to the base's hash or revision and each
+    engine, which would add BOS a second time and dies of an id that the embedding's `vocab_size` rows lack. `weights` maps None to the base's hash or revision and each
     adapter to its hash. Raises UserError if a template is needed and there is none.
     """
     if not args.raw and not getattr(tokenizer, "chat_template", None):
         raise UserError(
             f"{tokenizer.name_or_path}: its tokenizer has no chat template; use --raw, or an instruct model"
         )
-    return [_tokenised(record, args, tokenizer, context_tokens, weights) for record in records]
+    found = [_tokenised(record, args, tokenizer, context_tokens, weights) for record in records]
+    beyond = (
+        "the prompt holds a token that the model's embedding has no row for, as a <pad> added to its tokenizer"
+    )
+    return [replace(r, error=beyond) if max(r.input_ids, default=0) >= vocab_size else r for r in found]
 
 
 def _tokenised(record: Record, args: Arguments, tokenizer, context_tokens: int, weights: dict) -> Record:
