@@ -87,7 +87,10 @@ async def row_of(engine, record: Record, copy: int | None, cached: Told, waiting
         return failure_row(record, f"{type(error).__name__}: {first_line}")
     reason = result["meta_info"]["finish_reason"]
     if reason["type"] == "abort":
-        return failure_row(record, f"aborted by the engine: {reason.get('message')}")
+        why = f"aborted by the engine: {reason.get('message')}"
+        if record.regex or record.json_schema:  # SGLang logs its reason only
+            why += "; most likely its grammar refused the token that was drawn: try another grammar_backend"
+        return failure_row(record, why)
     if error := grammars.failed(record.sampling_params, result):
         return failure_row(record, error)
     return answer_row(record, result)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 DEEPEST = 64  # levels of JSON in a schema: 32 nested objects take 0.1 s, 200 take minutes
 LLGUIDANCE = """--engine_args '{"grammar_backend": "llguidance"}'"""
+ROUND_TRIP = '{"naïve": "日 42"}\n'  # bytes of one, two and three, digits, spaces before and between words
 
 # xgrammar reads the first of these that a schema holds, and nothing beside it.
 ALONE = ("$ref", "anyOf", "oneOf", "allOf")
@@ -47,6 +48,25 @@ def refused(regex: str | None, json_schema: str | None, backend: str) -> str | N
         without_place = re.sub(r"^(.[0-9:]+. )?/project/[^ ]+ ", "", last_line)  # xgrammar's clock and file
         return f"invalid {what}: {without_place[:200]}"
     return error and f"{what}: {error}"
+
+
+def misread(tokenizer, vocab_size: int, backend: str) -> str | None:
+    """What `backend` takes for the text of `tokenizer`'s tokens, if it is not what they stand for: it would forbid what
+    the model writes. Backends guess the kind of a vocabulary from the tokenizer's decoder."""
+    ids = tokenizer(ROUND_TRIP, add_special_tokens=False)["input_ids"]
+    if backend == "llguidance":
+        from llguidance.hf import from_tokenizer
+
+        read = from_tokenizer(tokenizer, n_vocab=vocab_size).decode_bytes(ids)
+    else:
+        import xgrammar
+
+        vocabulary = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size).decoded_vocab
+        read = b"".join(vocabulary[i] for i in ids)
+    text = read.decode(errors="replace")
+    return (
+        None if text.removeprefix(" ") == ROUND_TRIP else text
+    )  # SentencePiece puts a space before the first word
 
 
 def _compile(regex: str | None, json_schema: str | None, backend: str) -> None:

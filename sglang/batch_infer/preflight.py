@@ -15,10 +15,10 @@ from pathlib import Path
 from workbench import UserError
 from workbench.files import check_room
 from workbench.machine import Table, versions
-from workbench.models import find_model, weights_fingerprint
+from workbench.models import find_model, load_tokenizer, weights_fingerprint
 from workbench.processes import run_in_child
 
-from . import adapters, engine_args, model, prompts
+from . import adapters, engine_args, grammars, model, prompts
 from . import machine as machines
 from .arguments import FOLDER, PROGRAM, REHEARSAL, TINY_MODEL, Arguments
 from .machine import Machine
@@ -61,6 +61,8 @@ def run(args: Arguments) -> Inputs | None:
         records = found_prompts[0]
         if found_model:
             served = table.find("adapter", lambda: look_at_adapters(args, found_model, records))
+            if constrained := next((r for r in records if r.regex or r.json_schema), None):
+                table.check("grammars", lambda: look_at_grammars(args, found_model, constrained))
         table.check("disk", lambda: look_at_disk(args, len(records)))
     if table.first_failure:
         raise UserError(table.first_failure)
@@ -167,6 +169,18 @@ def look_at_adapters(
         if trained_on and Path(trained_on).name != Path(args.model_path).name:
             text = f"WARN: {args.lora_path} was trained on {trained_on}, the base here is {args.model_path}"
     return (records, hashes), text
+
+
+def look_at_grammars(args: Arguments, base: Model, record: Record) -> str:
+    backend = args.own_engine_args.get("grammar_backend", "xgrammar")
+    folder = engine_args.tokenizer_folder(args, base)
+    if text := grammars.misread(load_tokenizer(Path(folder)), base.config["vocab_size"], backend):
+        raise UserError(
+            f"{folder}: {backend} reads its tokens of {grammars.ROUND_TRIP!r} as {text!r} and would abort row "
+            f"{record.index + 1}, which has a grammar; mend the decoder in tokenizer.json (byte-level BPE: ByteLevel "
+            "alone), or take out the regex and json_schema"
+        )
+    return f"{backend} reads the tokenizer's vocabulary as it is written"
 
 
 def look_at_disk(args: Arguments, records: int) -> str:
