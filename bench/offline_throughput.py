@@ -46,7 +46,7 @@ from batch_infer.machine import Machine
 from batch_infer.model import Model
 from batch_infer.preflight import Inputs
 from batch_infer.prompts import Record
-from batch_infer.report import Times
+from batch_infer.report import ThisStart
 from workbench import UserError
 from workbench.files import commit
 from workbench.machine import versions
@@ -214,7 +214,7 @@ def set_up_environment(args: Arguments, inputs: Inputs, own: dict[str, str | Non
 
 def ours(
     row: str, given: argparse.Namespace, inputs: Inputs, work: Work
-) -> tuple[EngineArgs, Times, list[dict]]:
+) -> tuple[EngineArgs, ThisStart, list[dict]]:
     """As run_sglang.py answers, durable lines included; a row of the partial file for each record."""
     args, environment = command(row, given)
     set_up_environment(args, inputs, environment)
@@ -230,7 +230,7 @@ def ours(
 
 def theirs(
     row: str, given: argparse.Namespace, inputs: Inputs, work: Work
-) -> tuple[EngineArgs, Times, list[dict]]:
+) -> tuple[EngineArgs, ThisStart, list[dict]]:
     """SGLang's defaults and list calls, batches one after the other: each waits for its longest answer."""
     args, _ = command("fast", given)
     records = records_of(work, args)
@@ -250,7 +250,7 @@ def theirs(
             input_ids=[record.input_ids for record in part], sampling_params=params
         )
         answers += [store.answer_row(*pair) for pair in zip(part, results, strict=True)]
-    times = Times(started.load_s, started.compile_s, time.monotonic() - began)
+    times = ThisStart(started.load_s, started.compile_s, time.monotonic() - began)
     started.engine.shutdown()
     return chosen, times, answers
 

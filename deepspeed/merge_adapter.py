@@ -95,7 +95,12 @@ def merge(adapter: Path, settings: dict, tensors: Set[str], base: Path, out: Pat
     except (ValueError, NotImplementedError) as error:  # an overflow, or a kind of layer that cannot be merged
         raise UserError(f"--adapter {adapter}: PEFT cannot merge it ({in_one_line(error)})") from error
     model.save_pretrained(out)
-    for source, pattern in ((base, "*token*"), (adapter, "*token*"), (adapter, "chat_template.jinja")):
+    for source, pattern in (
+        (base, "*token*"),
+        (adapter, "*token*"),
+        (adapter, "chat_template.jinja"),
+        (adapter, "parity.json"),
+    ):
         for path in source.glob(pattern):
             shutil.copyfile(path, out / path.name)
     check_model_folder(out)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
-from batch_infer import engine_args, generate, order, preflight, prompts, report, start, store
+from batch_infer import engine_args, generate, order, parity, preflight, prompts, report, start, store
 from batch_infer.arguments import Arguments, parse
 from batch_infer.engine_args import EngineArgs
 from batch_infer.order import Order
@@ -75,16 +75,16 @@ def job(args: Arguments) -> int:
     report.print_start(records, todo)
 
     run = decide(args, inputs, records, todo)
-    times = report.Times()
+    this_start = report.ThisStart()
     if todo:
         engine_args.print_choices(run.chosen)
-        times = answer(run, partial)
-    if times is None:
+        this_start = answer(run, partial)
+    if this_start is None:
         done = sum("error" not in row for row in partial.rows.values())
         total = sum(not record.error for record in records)
         print(f"stopped: {done} of {total} answers are kept; {same_command(args.overwrite)} goes on from there")
         return STOPPED
-    return write(run, partial, times, time.monotonic() - began)
+    return write(run, partial, this_start, time.monotonic() - began)
 
 
 def set_up_environment(args: Arguments) -> None:
@@ -113,16 +113,18 @@ def decide(args: Arguments, inputs: Inputs, records: list[Record], todo: list[Re
     return Run(args, inputs, records, todo, run_order, chosen)
 
 
-def answer(run: Run, partial: PartialFile) -> report.Times | None:
+def answer(run: Run, partial: PartialFile) -> report.ThisStart | None:
     """Starts the engine and answers `run.todo`. None: a signal stopped it."""
     args, total = run.args, sum(not record.error for record in run.records)
     started = start.start(args, run.chosen, run.inputs.model, run.todo)
     engine, stopped = started.engine, asyncio.Event()
     start.stop_on_signals(engine, stopped)
-    began = time.monotonic()
     pool_tokens = engine.get_server_info()["max_total_num_tokens"]
     parts = order.parts(run.order, run.todo, run.chosen.values["dp_size"], pool_tokens)
     try:
+        found = parity.check(engine, args, run.chosen.values["dtype"])
+        base_answers = parity.without_adapter(engine, args, run.todo)
+        began = time.monotonic()
         with report.progress(total, total - len(run.todo)) as on_rows:
             work = generate.answer_all(
                 engine, parts, partial, stopped, on_rows, args.batch_size, run.order.schedule_policy
@@ -131,18 +133,20 @@ def answer(run: Run, partial: PartialFile) -> report.Times | None:
         generate_s = time.monotonic() - began
     finally:
         engine.shutdown()
-    return None if stopped.is_set() else report.Times(started.load_s, started.compile_s, generate_s)
+    if stopped.is_set():
+        return None
+    return report.ThisStart(started.load_s, started.compile_s, generate_s, found, base_answers)
 
 
-def write(run: Run, partial: PartialFile, times: report.Times, wall_s: float) -> int:
+def write(run: Run, partial: PartialFile, this_start: report.ThisStart, wall_s: float) -> int:
     """The files and the last lines; returns the exit code."""
     args = run.args
     store.export(Path(args.output_file), run.records, partial.rows, Path(args.model_path).name)
     if run.todo or not (args.folder / store.SUMMARY).exists():
         fresh = [partial.rows[r.index] for r in run.todo if "output" in partial.rows.get(r.index, {})]
         gpus = run.chosen.values["dp_size"] * run.chosen.values["tp_size"]
-        of_start = report.rates(fresh, times, run.inputs, gpus) | {"wall_s": wall_s}
-    else:  # nothing was generated: the times are those of the start before
+        of_start = report.rates(fresh, this_start, run.inputs, gpus) | {"wall_s": wall_s}
+    else:  # nothing was generated: it is of the start before
         of_start = store.stored_summary(args.folder)
     summary = report.finish(args, run.inputs, run.chosen, run.records, partial, of_start)
     partial.close()

@@ -1,5 +1,7 @@
-"""Is the saved adapter the one that was trained? Checked against the live, partitioned tensors."""
+"""Is the saved adapter the one that was trained? Checked against the live, partitioned tensors; and parity.json, with which
+whoever serves it can check the rest of the way (sglang/batch_infer/parity.py)."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -10,8 +12,11 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from workbench.files import write_text
+
+from .data import IGNORE
 from .model import logits_of
-from .run_folder import ADAPTER
+from .run_folder import ADAPTER, PARITY
 
 log = logging.getLogger("lora_sft")
 
@@ -63,7 +68,7 @@ def problems(stored: dict[str, torch.Tensor], expected_keys: set[str], learning:
 
 @torch.no_grad()
 def check(engine, folder: Path, batch: dict[str, torch.Tensor], learning: bool = True) -> str:
-    """Compares the file in `folder` with the live tensors, then loads it into the live base.
+    """Compares the file in `folder` with the live tensors, then loads it into the live base; writes parity.json.
 
     The second part overwrites the live adapter with zeros (logits must change to the base's) and then with
     the file's tensors (logits [B, S, V] must be the trained ones again, bit for bit). Collective. Returns
@@ -94,6 +99,9 @@ def check(engine, folder: Path, batch: dict[str, torch.Tensor], learning: bool =
         raise AdapterError(
             f"{folder / ADAPTER}: logits differ after loading by {(reloaded - trained).abs().max()}"
         )
+    if dist.get_rank() == 0:
+        parity = {"dtype": str(trained.dtype), "answers": answers_in(batch, trained)}
+        write_text(folder / PARITY, json.dumps(parity))
     effect = (trained - base).abs().max().item()
     if learning and effect == 0:
         raise AdapterError(f"{folder / ADAPTER}: the adapter does not change the base's logits")
@@ -101,6 +109,23 @@ def check(engine, folder: Path, batch: dict[str, torch.Tensor], learning: bool =
     return (
         f"{len(stored)} tensors, {size_mib:.1f} MiB, file equals live, reload equals live (effect {effect:.2g})"
     )
+
+
+def answers_in(batch: dict[str, torch.Tensor], logits: torch.Tensor) -> list[dict]:
+    """Of each document with an answer in the first packed row: its token ids, where the answer begins, and the natural
+    logarithm of each answer token's probability. `logits` [B, S, V]."""
+    ids, places, labels = (batch[name][0].tolist() for name in ("input_ids", "position_ids", "labels"))
+    starts = [i for i, place in enumerate(places) if place == 0]
+    found = []
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        first = next((i for i in range(start, end) if labels[i] != IGNORE), None)
+        if first is None:  # padding
+            continue
+        answer = batch["input_ids"][0, first:end]
+        of_all = logits[0, first - 1 : end - 1].float().log_softmax(-1)
+        logprobs = of_all.gather(1, answer[:, None])[:, 0].tolist()
+        found.append({"input_ids": ids[start:end], "answer_start": first - start, "logprobs": logprobs})
+    return found
 
 
 def overwrite(engine, tensors: dict[str, torch.Tensor]) -> None:

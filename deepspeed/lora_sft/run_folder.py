@@ -28,9 +28,10 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 EVAL_BEFORE = "eval_before.json"
 ADAPTER = "adapter_model.safetensors"
+PARITY = "parity.json"
 OURS = (
     *(CONFIG, METRICS, SUMMARY, "training.log", EVAL_BEFORE, "loss.png", "memory.png", "README.md"),
-    *(ADAPTER, "adapter_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *(ADAPTER, PARITY, "adapter_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "chat_template.jinja", "runs", TINY_MODEL),
 )
 # What must not change between two starts of a run, by its name in the plan.

@@ -4,10 +4,11 @@ import contextlib
 import logging
 import os
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from workbench.files import commit, write_json
 from workbench.machine import versions
@@ -17,6 +18,7 @@ from .engine_args import EngineArgs
 from .machine import Machine
 from .model import Model
 from .order import optimum_cached_tokens
+from .parity import Parity
 from .preflight import PACKAGES, Inputs
 from .prompts import Record
 from .store import ALL, LENGTHS, PARTIAL, SUMMARY, PartialFile
@@ -100,12 +102,14 @@ def roofline_s(lengths: list[tuple[int, int]], model: Model, machine: Machine, g
 
 
 @dataclass(frozen=True)
-class Times:
-    """Of this start."""
+class ThisStart:
+    """What is known once all is answered and no other start of this run would tell."""
 
     load_s: float = 0.0
     compile_s: float = 0.0
     generate_s: float = 0.0
+    parity: Parity | None = None
+    without_adapter: list[dict] = field(default_factory=list)  # the base's answers to some prompts
 
 
 def counts(records: list[Record], rows: dict[int, dict]) -> dict:
@@ -143,15 +147,15 @@ def counts(records: list[Record], rows: dict[int, dict]) -> dict:
     }
 
 
-def rates(rows: list[dict], times: Times, inputs: Inputs, gpus: int) -> dict:
-    """Times and rates of this start, which gave the `rows`."""
+def rates(rows: list[dict], start: ThisStart, inputs: Inputs, gpus: int) -> dict:
+    """What is of this start, which gave the `rows`, and its rates."""
     tokens = sum(row["output_tokens"] for row in rows)
     lengths = [(row["prompt_tokens"], row["output_tokens"]) for row in rows]
     least_s = roofline_s(lengths, inputs.model, inputs.machine, gpus)
-    return asdict(times) | {
+    return asdict(start) | {
         "answered_in_this_start": len(rows),
-        "tokens_per_s": tokens / times.generate_s if times.generate_s else None,
-        "roofline_share": least_s / times.generate_s if least_s and times.generate_s else None,
+        "tokens_per_s": tokens / start.generate_s if start.generate_s else None,
+        "roofline_share": least_s / start.generate_s if least_s and start.generate_s else None,
     }
 
 
@@ -188,9 +192,11 @@ def finish(
     of_start: dict,
 ) -> dict:
     """Writes lengths.png and, last of all, summary.json; prints the last lines; returns the summary. `of_start`:
-    times and rates."""
+    from `rates`."""
     found = settings(args, inputs, chosen, partial.machines)
     summary = of_start | counts(records, partial.rows) | {"settings": found}
+    for row in summary["without_adapter"]:
+        row["with_adapter"] = partial.rows.get(row["index"], {}).get("output")
     plot_lengths(args, records, partial.rows)
     write_json(args.folder / SUMMARY, summary)
     print_end(args, summary, chosen.serve_line)
@@ -222,6 +228,10 @@ def plot_lengths(args: Arguments, records: list[Record], rows: dict[int, dict]) 
     axis.legend()
     figure.savefig(args.folder / LENGTHS, dpi=120)
     plt.close(figure)
+
+
+def one_line(text: str) -> str:
+    return textwrap.shorten(text, 240, placeholder=" ...")
 
 
 def share(value: float | None) -> str:
@@ -260,6 +270,12 @@ def print_end(args: Arguments, summary: dict, serve_line: str) -> None:
         f"prefix       {share(summary['prefix_hit_rate'])} of {summary['prompt_tokens']:,} prompt tokens came from the "
         f"radix tree (optimum {share(summary['optimum_hit_rate'])}), {summary['computed_prompt_tokens']:,} were computed",
     ]
+    for row in summary["without_adapter"]:
+        lines += [
+            f"prompt       {one_line(row['instruction'])}",
+            f"  base       {one_line(row['output'])}",
+            f"  adapter    {one_line(row['with_adapter'] or 'failed')}",
+        ]
     if args.jump_forward:
         lines.append(f"jumps        {summary['jumps']:,} with {summary['forced_tokens']:,} forced tokens")
     lines += [
