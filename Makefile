@@ -3,6 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 PYTHON ?=
+REAL_MODEL ?= yes  # no: `make rehearse` builds a tiny random model
 RUN = VENV=.venv; source ./env.sh &&
 
 .PHONY: help install install-v100 rehearse reference test submission clean
@@ -24,6 +25,7 @@ endif
 .venv/.installed: requirements.txt $(PLUGINS)
 	@VENV=; source ./env.sh && install_environment .venv requirements.txt "$(PYTHON)" ./sglang/runtime_plugins
 	@echo $(PLUGINS) > .venv/.plugins
+	@[ "$(REAL_MODEL)" = no ] || { $(RUN) python rehearsal/smollm2.py; }
 
 .venv-v100/.installed: deepspeed/requirements-v100.txt
 	@VENV=; source ./env.sh && install_environment .venv-v100 deepspeed/requirements-v100.txt "$(PYTHON)"

@@ -87,7 +87,7 @@ def check(args: Arguments, zero_config: dict, work_dir: Path) -> int:
 
     try:
         if args.rehearse and args.model_name_or_path == str(Path(args.output_dir) / TINY_MODEL):
-            sys.path.insert(0, str(REHEARSAL))
+            sys.path.append(str(REHEARSAL))
             from tiny_model import build_llama
 
             build_llama(Path(args.model_name_or_path))

@@ -53,6 +53,8 @@ def finetune(folder: Path) -> dict:
         "deepspeed/run_llama2_7b_lora.sh",
         "--rehearse",
         "--overwrite",
+        "--model_name_or_path",
+        str(tiny_model("llama", folder)),
         "--output_dir",
         str(folder),
     ]
@@ -66,23 +68,34 @@ def finetune(folder: Path) -> dict:
     }
 
 
+def tiny_model(architecture: str, folder: Path) -> Path:
+    """The tiny random model, also where a real one is installed: the comparison takes seconds."""
+    model = folder.with_name(f"tiny_{architecture}")
+    command = [sys.executable, str(ROOT / "rehearsal" / "tiny_model.py"), architecture, str(model)]
+    if subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
+        raise UserError(f"{model}: the tiny model could not be built")
+    return model
+
+
 def inference(folder: Path) -> dict:
     """Answers the shipped instructions with the tiny base model; returns the fingerprint. Raises UserError."""
     import run_sglang
 
     from batch_infer import prompts
-    from batch_infer.arguments import TINY_MODEL, parse
+    from batch_infer.arguments import parse
     from batch_infer.store import PartialFile
 
     flags = ["--rehearse", "--overwrite", "--temperature", "0", "--max_new_tokens", "32", "--batch_size", "1"]
-    flags += ["--output_file", str(folder / "outputs.jsonl")]
+    model = tiny_model("qwen2", folder)
+    flags += ["--model_path", str(model), "--output_file", str(folder / "outputs.jsonl")]
     PartialFile.remove = lambda partial: partial.path.replace(folder / ANSWERS)
     if run_sglang.main(flags):
         raise UserError(f"{folder}: the inference rehearsal failed, see above")
     from transformers import AutoTokenizer
 
-    args, tokenizer = parse(flags), AutoTokenizer.from_pretrained(folder / TINY_MODEL)
-    records = prompts.tokenise(prompts.read(Path(args.prompts)), args, tokenizer, 1024, {None: ""})
+    args, tokenizer = parse(flags), AutoTokenizer.from_pretrained(model)
+    read = prompts.read(Path(args.prompts))
+    records = prompts.tokenise(read, args, tokenizer, 1024, len(tokenizer), {None: ""})
     rows = sorted((row for row in json_lines(folder / ANSWERS) if "index" in row), key=lambda row: row["index"])
     return {
         "instructions": [row["instruction"] for row in json.loads((folder / "outputs_all.json").read_text())],

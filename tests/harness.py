@@ -110,3 +110,32 @@ def partial_rows(folder: Path) -> list[dict]:
     path = folder / "outputs.partial.jsonl"
     rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
     return [row for row in rows if "index" in row]
+
+
+def keep_the_ids() -> None:
+    """In a run of the inference program: its durable rows, which hold token ids, stay when it has finished."""
+    from batch_infer.store import PartialFile
+
+    PartialFile.remove = lambda self: None
+
+
+def greedy_ids(base: Path, adapter: Path, texts: list[str], tokens: int, out: Path) -> None:
+    """Writes what PEFT's generate gives, without and with the adapter, as a list of ids each."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    found = []
+    for adapted in (False, True):
+        model = PeftModel.from_pretrained(model, adapter) if adapted else model
+        for text in texts:
+            messages = [{"role": "user", "content": text}]
+            ids = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=False
+            )
+            mask = torch.ones_like(ids)
+            new = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
+            found.append(new[0, ids.shape[1] :].tolist())
+    out.write_text(json.dumps(found))

@@ -39,18 +39,18 @@ def test_pinned_ids(tokenizer):
         64,
     )
     pieces = [tokenizer.convert_ids_to_tokens(document.input_ids) for document in documents]
-    head = ["<s>", "\n\nHuman:", "\u2581H", "i", "\n\nAssistant:"]
+    head = ["<s>", "\n\n", "Human:", "\u2581H", "i", "\n\n", "Assistant:"]
     assert pieces == [
         [*head, "\u2581Y", "es.", "</s>"],
         [*head, "\u2581Y", "es.", "</s>"],  # the same ids, but the crossing token is the prompt's
         [*head, "\u2581", "<0xC3>", "<0xA9>", "</s>"],
     ]
     assert [document.input_ids for document in documents] == [
-        [1, 369, 406, 313, 370, 618, 468, 2],
-        [1, 369, 406, 313, 370, 618, 468, 2],
-        [1, 369, 406, 313, 370, 331, 198, 172, 2],
+        [1, 337, 372, 408, 313, 337, 371, 651, 726, 2],
+        [1, 337, 372, 408, 313, 337, 371, 651, 726, 2],
+        [1, 337, 372, 408, 313, 337, 371, 331, 198, 172, 2],
     ]
-    assert [document.answer_start for document in documents] == [5, 6, 5]
+    assert [document.answer_start for document in documents] == [7, 8, 7]
 
 
 def test_special_ids_are_llamas(tokenizer):
@@ -69,7 +69,7 @@ def test_a_token_across_the_boundary_belongs_to_the_prompt(tokenizer):
     assert counts.space_inserted == 0
     crossing = data.tokenise([row("\n\nHuman: Hi\n", "\nAssistant: x")], tokenizer, 64)[0][0]
     pieces = tokenizer.convert_ids_to_tokens(crossing.input_ids)
-    assert pieces[crossing.answer_start - 1] == "\n\nAssistant:"  # begins in the prompt, so it is not trained
+    assert pieces[crossing.answer_start - 1] == "\n\n"  # begins in the prompt, so it is not trained
 
 
 def test_space_is_inserted_only_where_none_is(tokenizer):

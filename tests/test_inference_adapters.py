@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import answers, fork, partial_rows, summary_of
+from harness import answers, fork, greedy_ids, keep_the_ids, partial_rows, summary_of
 
 
 @pytest.fixture(scope="module")
@@ -28,39 +28,12 @@ def base(adapter) -> Path:
     return folder
 
 
-def greedy_ids(base: Path, adapter: Path, texts: list[str], out: Path) -> None:
-    """Writes what PEFT's generate gives, without and with the adapter, as a list of ids each."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
-    found = []
-    for adapted in (False, True):
-        model = PeftModel.from_pretrained(model, adapter) if adapted else model
-        for text in texts:
-            messages = [{"role": "user", "content": text}]
-            ids = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=False
-            )
-            mask = torch.ones_like(ids)
-            new = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
-            found.append(new[0, ids.shape[1] :].tolist())
-    out.write_text(json.dumps(found))
-
-
 def test_adapter_gives_pefts_own_greedy_ids(run_inference, adapter, base, few, tmp_path):
     """fp32, greedy: token for token what PEFT's generate gives; per record, beside the base model."""
     rows = json.loads(few.read_text())[:6]
     mixed = tmp_path / "mixed.json"
     mixed.write_text(json.dumps([*rows, *({**row, "lora": str(adapter)} for row in rows)]))
     flags = ["--prompts", mixed, "--model_path", base, "--temperature", 0, "--max_new_tokens", 12]
-
-    def keep_the_ids() -> None:
-        from batch_infer.store import PartialFile
-
-        PartialFile.remove = lambda self: None
 
     out = tmp_path / "out"
     code, text = run_inference(*flags, "--output_file", out / "outputs.jsonl", patch=keep_the_ids).wait()
@@ -69,7 +42,7 @@ def test_adapter_gives_pefts_own_greedy_ids(run_inference, adapter, base, few, t
     texts = [row["instruction"] for row in rows]
 
     def with_peft() -> int:
-        greedy_ids(base, adapter, texts, tmp_path / "expected.json")
+        greedy_ids(base, adapter, texts, 12, tmp_path / "expected.json")
         return 0
 
     code, text = fork(with_peft, tmp_path / "peft.txt").wait()

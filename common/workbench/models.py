@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from . import UserError
@@ -15,6 +16,12 @@ MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # How many bits a number has, and those that are all set in NaN and infinities only.
 EXPONENT = {"F64": (64, 0x7FF << 52), "F32": (32, 0xFF << 23), "F16": (16, 0x1F << 10), "BF16": (16, 0xFF << 7)}
+REAL_MODEL = Path(sys.prefix) / "models" / "SmolLM2-135M-Instruct"  # rehearsal/smollm2.py puts it there
+
+
+def real_model() -> Path | None:
+    """The rehearsal's model with weights that mean something, if this environment has it."""
+    return REAL_MODEL if (REAL_MODEL / "config.json").exists() else None
 
 
 def cached_model(name: str, revision: str | None = None) -> Path | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from workbench import UserError
 from workbench.flags import flag, path_or_hub_id, read_flags
+from workbench.models import real_model
 from workbench.rows import FILES, read_text
 
 FOLDER = Path(__file__).resolve().parent.parent  # deepspeed/
@@ -41,15 +42,21 @@ CHANGED_FLAGS = {
     "eval_iters": "--max_eval_rows",
 }
 
-# Values of the rehearsal where it must differ from the real job: a tiny model on 2 CPU ranks.
-REHEARSAL_DEFAULTS = {
-    "device": "cpu",
-    "data_path": str(REHEARSAL / "preferences.jsonl"),
+# Values of the rehearsal where it must differ from the real job: 2 CPU ranks, and a model that they can train in a minute.
+REHEARSAL_DEFAULTS = {"device": "cpu", "data_path": str(REHEARSAL / "preferences.jsonl"), "save_steps": 10}
+OF_REAL_MODEL = {
+    "max_seq_len": 192,
+    "tokens_per_micro_batch": 192,
+    "gradient_checkpointing": False,
+    "max_steps": 30,
+    "learning_rate": 2e-3,
+    "max_eval_rows": 12,
+}
+OF_TINY_MODEL = {
     "max_seq_len": 256,
     "tokens_per_micro_batch": 512,
     "num_train_epochs": 2.0,
     "learning_rate": 1e-2,
-    "save_steps": 10,
     "max_eval_rows": 40,
 }
 
@@ -105,7 +112,7 @@ class Arguments:
     save_total_limit: int = flag(2, "complete checkpoints to keep")
     report_to: str = flag("none", "none, tensorboard, wandb, ... (as in transformers)")
     rehearse: bool = flag(
-        False, "tiny model and shipped data on 2 CPU ranks, everything else as in the real job"
+        False, "small model and shipped data on 2 CPU ranks, everything else as in the real job"
     )
     overwrite: bool = flag(False, "start anew in an --output_dir that holds a run")
     preflight_only: bool = flag(False, "print the PASS/FAIL table and stop; needs no GPU")
@@ -136,10 +143,12 @@ def parse(argv: list[str]) -> Arguments:
     description = "Fine-tunes Llama-2-7B with LoRA under DeepSpeed ZeRO-3."
     program = "run_llama2_7b_lora.sh"
     given = read_flags(argv, Arguments, CHANGED_FLAGS, prog=program, description=description)
-    named_model = "model_name_or_path" in given
+    named = "model_name_or_path" in given
+    real = None if named else real_model()
     if given.get("rehearse"):
         output_dir = str(REHEARSAL / "runs" / time.strftime("%Y%m%d-%H%M%S"))
-        given = REHEARSAL_DEFAULTS | {"output_dir": output_dir} | given
+        of_model = OF_REAL_MODEL | {"model_name_or_path": str(real)} if real else OF_TINY_MODEL
+        given = REHEARSAL_DEFAULTS | of_model | {"output_dir": output_dir} | given
     args = Arguments(**given)
     args = replace(
         args,
@@ -149,7 +158,7 @@ def parse(argv: list[str]) -> Arguments:
         data_path=path_or_hub_id("data_path", args.data_path, FILES),
     )
     _check_ranges(args)
-    if args.rehearse and not named_model:
+    if args.rehearse and not named and not real:
         args = replace(args, model_name_or_path=str(Path(args.output_dir) / TINY_MODEL))
     return args
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from workbench import UserError
 from workbench.flags import flag, path_or_hub_id, read_flags
-from workbench.models import read_object
+from workbench.models import read_object, real_model
 from workbench.rows import FILES
 
 FOLDER = Path(__file__).resolve().parent.parent  # sglang/
@@ -86,7 +86,7 @@ class Arguments:
     engine_args: str = flag("{}", "JSON object of sglang.Engine arguments that override what is chosen here")
     device: str = flag("cuda", "cuda or cpu; the CPU is never chosen silently")
     rehearse: bool = flag(
-        False, "tiny model and shipped instructions on the CPU, everything else as in the real job"
+        False, "small model and shipped instructions on the CPU, everything else as in the real job"
     )
     overwrite: bool = flag(False, "start anew in a folder that holds a run")
     preflight_only: bool = flag(False, "print the PASS/FAIL table and stop")
@@ -141,7 +141,9 @@ def parse(argv: list[str]) -> Arguments:
         return args
     if args.lora_path:
         return replace(args, model_path=_base_of(Path(args.lora_path)))
-    return replace(args, model_path=str(args.folder / TINY_MODEL)) if args.rehearse else args
+    if args.rehearse:
+        return replace(args, model_path=str(real_model() or args.folder / TINY_MODEL))
+    return args
 
 
 def _with_paths(args: Arguments) -> Arguments:
