@@ -4,8 +4,8 @@
 
 A submission is a zip or a folder with finetune/ and inference/ (handout/submissions.py); PATH may be a folder of them. Points
 come in two columns. *Checked*: what the files themselves show. *Self-reported*: what the student's run says of itself;
-provisional, listed for staff, and withdrawn when the run's own files contradict each other. A rehearsal on the CPU is
-graded by the same table, with the tiny model's shapes, the shipped instructions, fp32 and host memory in place of the
+provisional, listed for staff, and withdrawn when the run's own files contradict each other. How many each criterion
+gives is read from the assignment's table of points, the one that staff edit. A rehearsal on the CPU is graded by the same table, with the tiny model's shapes, the shipped instructions, fp32 and host memory in place of the
 GPU's; its points are shown apart and do not count.
 
 Writes submissions/NAME/grade.json for each submission (NAME in plain ASCII) and, for a folder, grades.csv into
@@ -25,7 +25,7 @@ import signal
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,7 @@ from workbench.files import write_json
 from workbench.flags import flag, read_flags
 
 ROOT = Path(__file__).resolve().parent.parent
+ASSIGNMENT = ROOT / "handout/ASSIGNMENT.md"
 CHECKED, REPORTED = "checked", "self-reported"
 PEAK_GIB = 16e9 / 2**30  # 16 GB: what is left of a card of 16 GiB is CUDA's own
 MOST_S = 15 * 60
@@ -56,6 +57,7 @@ MEMORY_BYTES, GRADING_S = 6 * 2**30, 300
 # (layers, hidden, inner) of the models whose adapters are known.
 LLAMA_2_7B, TINY_LLAMA = (32, 4096, 11008), (4, 128, 384)
 LLAMA_2_7B_PARAMETERS = 6_738_415_616
+FETCH = f"hf download {{}} {prompts.ALPACA_EVAL} --repo-type dataset"
 PLACES = ("output_dir", "output_file", "deepspeed")  # arguments that say where, not what
 # What a student's file can raise where it is not as the programs write it.
 NOT_AS_WRITTEN = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RecursionError)
@@ -83,10 +85,15 @@ class Criterion:
     column: str
     text: str
     judge: Callable[["Files"], Verdict]
-    points: int = 1
+
+    @property
+    def points(self) -> int:
+        return POINTS[self.name]
 
 
 CRITERIA: list[Criterion] = []
+POINTS = {name: int(points) for name, points in
+          re.findall(r"^\| \d \| `(\w+)` \| (\d+) \|", ASSIGNMENT.read_text(), re.M)}  # fmt: skip
 
 
 def criterion(problem: int, column: str, text: str) -> Callable:
@@ -180,9 +187,9 @@ class Files(Submission):
         return len(self.shipped) if self.rehearsal[2] else ALL_RECORDS
 
 
-def unusual(told: dict, defaults: Training | Inference) -> list[str]:
-    """The arguments of a run that are not the program's defaults."""
-    ours = asdict(defaults)
+def unusual(told: dict, program: type[Training] | type[Inference]) -> list[str]:
+    """The arguments of a run that are not the program's defaults (the autograder's zip holds none of problem 1a)."""
+    ours = {entry.name: entry.default for entry in fields(program)}
     names = sorted((told.keys() | ours.keys()).difference(PLACES))
     different = [name for name in names if told.get(name) != ours.get(name)]
     return [f"{printable(name, 40)}={printable(told.get(name), 80)}" for name in different[:40]]
@@ -394,8 +401,8 @@ def grade(path: Path, alpaca_eval: list[str] | UserError) -> dict:
         verdict, reason = attempt(lambda one=one: one.judge(files))
         verdicts[one.name] = verdict or (False, reason)
     found, arguments = {1: [], 2: []}, {}
-    told = {1: lambda: unusual(files.run_config["arguments"], Training()),
-            2: lambda: unusual(files.answered["settings"]["arguments"], Inference())}  # fmt: skip
+    told = {1: lambda: unusual(files.run_config["arguments"], Training),
+            2: lambda: unusual(files.answered["settings"]["arguments"], Inference)}  # fmt: skip
     for n, contradictions in ((1, training_contradictions), (2, inference_contradictions)):
         if any(verdicts[one.name][0] for one in CRITERIA if (one.problem, one.column) == (n, REPORTED)):
             contradicting, reason = attempt(lambda by=contradictions: by(files))
@@ -410,6 +417,11 @@ def grade(path: Path, alpaca_eval: list[str] | UserError) -> dict:
             reason += f"; but {found[one.problem][0]}" if found[one.problem] else ""
         lines.append(line_of(one, status, reason, files.rehearsal[one.problem]))
     return total(path, lines, found, arguments)
+
+
+def check_points() -> None:
+    if missing := [one.name for one in CRITERIA if one.name not in POINTS]:
+        raise UserError(f"{ASSIGNMENT}: its table of points has no row of `{missing[0]}` with a whole number")
 
 
 def line_of(one: Criterion, status: str, reason: str, rehearsal: bool) -> dict:
@@ -463,16 +475,23 @@ def grade_apart(path: Path, alpaca_eval: list[str] | UserError, out: Path) -> di
     return json.loads((out / "grade.json").read_text())
 
 
+def summary_lines(result: dict) -> list[str]:
+    most = sum(line["of"] for line in result["criteria"])
+    rehearsed = sum(line["of"] for line in result["criteria"] if line["rehearsal"])
+    lines = [f"{result['points']} of {most} points, {result['provisional']} of them provisional"]
+    if rehearsed:
+        lines.append(
+            f"rehearsal on the CPU: {result['rehearsal_points']} of {rehearsed} points, which do not count"
+        )
+    return lines
+
+
 def show(result: dict) -> None:
-    most, lines = sum(one.points for one in CRITERIA), result["criteria"]
-    print(
-        f"{result['submission']}: {result['points']} of {most} points, {result['provisional']} of them provisional"
-    )
-    if count := sum(line["of"] for line in lines if line["rehearsal"]):
-        print(f"  rehearsal on the CPU: {result['rehearsal_points']} of {count} points, which do not count")
-    for text in ran_with(result):
+    first, *others = summary_lines(result)
+    print(f"{result['submission']}: {first}")
+    for text in others + ran_with(result):
         print(f"  {text}")
-    for line in lines:
+    for line in result["criteria"]:
         print("  {points} of {of}  {problem} {name:16} {status:12} {reason}".format(**line))
 
 
@@ -520,10 +539,8 @@ def grade_all(submissions: list[Path], flags: Flags, table: Path | None) -> None
     tail = f"; `instructions` not judged in {unjudged}" if unjudged else ""
     print(f"{len(results)} submission{'s' if table else ''}: {table or where}{tail}")
     if unjudged:
-        fetch = f"hf download {flags.prompts} {prompts.ALPACA_EVAL} --repo-type dataset"
-        raise UserError(
-            f"{flags.prompts} is not here to judge `instructions`; fetch it and grade again: {fetch}"
-        )
+        missing = f"{flags.prompts} is not here to judge `instructions`"
+        raise UserError(f"{missing}; fetch it and grade again: {FETCH.format(flags.prompts)}")
 
 
 def read_alpaca_eval(where: str) -> list[str] | UserError:
@@ -546,6 +563,7 @@ def main(argv: list[str]) -> int:
             raise UserError(
                 "name what is to be graded: make grade SUBMISSION=path (a zip, a folder, a folder of them)"
             )
+        check_points()
         path, out = Path(flags.submission).absolute(), Path(flags.output_dir).absolute()
         if not path.exists():
             raise UserError(f"--submission {path}: no such file or folder")

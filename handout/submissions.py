@@ -32,6 +32,7 @@ PARTS = {
 TOP_FOLDERS, MOST_DEPTH = ("finetune", "deepspeed", "inference", "sglang"), 5
 LIMITS = {".safetensors": 1024 * MIB, ".jsonl": 64 * MIB, ".json": 64 * MIB}
 MOST_ENTRIES, MOST_BYTES, MOST_RATIO, MOST_LINES = 20_000, 8 * 2**30, 200, 10_000
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".7z", ".rar")
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
@@ -117,7 +118,9 @@ class Submission:
             raise Refused(f"{part}/ is there {len(places)} times: {printable(' and '.join(places))}")
         entries = self.files.get(f"{places[0]}/{name}" if places else "")
         if not entries:
-            raise Refused(f"{part}/{name} is missing")
+            inner = next((name for name in self.files if not places and name.lower().endswith(ARCHIVES)), None)
+            within = f"; {printable(inner)} is not opened: no archive within a submission" if inner else ""
+            raise Refused(f"{part}/{name} is missing{within}")
         if len(entries) > 1:
             raise Refused(f"{part}/{name}: {len(entries)} times in the zip")
         with refusing(f"{part}/{name}: cannot be read"):
