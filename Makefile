@@ -59,7 +59,7 @@ clean:  ## remove rehearsal runs and caches (not .venv, not your outputs)
 	find deepspeed sglang rehearsal tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # Staff only
-.PHONY: test-all test-v100 lint format lock handout grade
+.PHONY: test-all test-v100 lint format lock handout grade autograder
 
 test-all: .venv/.installed  ## the long versions too
 	@$(RUN) python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -68,7 +68,7 @@ test-v100: .venv-v100/.installed  ## parity and resume in the environment for Vo
 	@VENV=.venv-v100; source ./env.sh && python -P -m pytest -m v100
 
 lint: .venv/.installed  ## ruff and shellcheck
-	@$(RUN) ruff check . && ruff format --check . && shellcheck -x env.sh deepspeed/*.sh .ci/run
+	@$(RUN) ruff check . && ruff format --check . && shellcheck -x env.sh deepspeed/*.sh .ci/run handout/autograder/*
 
 format: .venv/.installed  ## let ruff rewrite the Python files
 	@$(RUN) ruff check --fix . && ruff format .
@@ -88,4 +88,7 @@ handout: .venv/.installed  ## build/handout/ and build/handout.zip, the students
 
 grade: .venv/.installed  ## points of SUBMISSION (a zip, a folder, or a folder of them), into build/grades/
 	@$(RUN) python handout/grade.py --submission "$${SUBMISSION:-}"
+
+autograder: .venv/.installed  ## build/autograder.zip for Gradescope and GitHub Classroom
+	@$(RUN) python handout/make_autograder.py
 # End of staff only

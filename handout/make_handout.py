@@ -173,19 +173,29 @@ def write(handout: Handout, folder: Path) -> None:
     if (folder / "handout").exists() and not (folder / "handout/common/workbench/todo.py").exists():
         raise UserError(f"--output_dir {folder}: what its handout/ holds is no handout; name another folder")
     shutil.rmtree(folder / "handout", ignore_errors=True)
-    temporary = folder / "handout.zip.tmp"
-    folder.mkdir(parents=True, exist_ok=True)
+    for path, content in handout.files.items():
+        out = folder / "handout" / path
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(content)
+        out.chmod(mode_of(content))
+    write_zip(folder / "handout.zip", {f"handout/{path}": content for path, content in handout.files.items()})
+
+
+def mode_of(content: bytes) -> int:
+    return 0o755 if content.startswith(b"#!") else 0o644
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> None:
+    """A zip in place of an older one; equal files make equal bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path, content in sorted(handout.files.items()):
-            out = folder / "handout" / path
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_bytes(content)
-            mode = 0o755 if path.endswith(".sh") else 0o644
-            out.chmod(mode)
-            entry = zipfile.ZipInfo(f"handout/{path}", YEAR_0)
-            entry.compress_type, entry.external_attr, entry.create_system = zipfile.ZIP_DEFLATED, mode << 16, 3
+        for name, content in sorted(files.items()):
+            entry = zipfile.ZipInfo(name, YEAR_0)
+            entry.compress_type, entry.create_system = zipfile.ZIP_DEFLATED, 3
+            entry.external_attr = mode_of(content) << 16
             archive.writestr(entry, content)
-    temporary.replace(folder / "handout.zip")
+    temporary.replace(path)
 
 
 def main(argv: list[str]) -> int:
