@@ -264,7 +264,10 @@ def memory(files: Files) -> Verdict:
     dtype, gpu = summary["dtype"], printable(summary["gpu_name"])
     has_bf16 = dtype == "bf16" and list(plan["capability"]) >= [8, 0]  # the programs' own rule
     if not (dtype == "fp32" if on_cpu else dtype == "fp16" or has_bf16):
-        return False, f"{printable(dtype)} on {gpu}"
+        return (
+            False,
+            f"{printable(dtype)} on {gpu}; --dtype auto takes what it has: bf16 from compute capability 8.0",
+        )
     name = "peak_host_rss_gib" if on_cpu else "peak_reserved_gib"
     peak_gib = max(summary[name], *(row[name] for row in rows))
     where = "host memory, the GPU's is not known here" if on_cpu else f"GPU memory ({gpu})"
@@ -401,6 +404,7 @@ def grade(path: Path, alpaca_eval: list[str] | UserError) -> dict:
         verdict, reason = attempt(lambda one=one: one.judge(files))
         verdicts[one.name] = verdict or (False, reason)
     found, arguments = {1: [], 2: []}, {}
+    warnings = attempt(lambda: files.checked["warnings"])[0] or []
     told = {1: lambda: unusual(files.run_config["arguments"], Training),
             2: lambda: unusual(files.answered["settings"]["arguments"], Inference)}  # fmt: skip
     for n, contradictions in ((1, training_contradictions), (2, inference_contradictions)):
@@ -416,7 +420,7 @@ def grade(path: Path, alpaca_eval: list[str] | UserError) -> dict:
             status = "withdrawn" if found[one.problem] else "provisional"
             reason += f"; but {found[one.problem][0]}" if found[one.problem] else ""
         lines.append(line_of(one, status, reason, files.rehearsal[one.problem]))
-    return total(path, lines, found, arguments)
+    return total(path, lines, found, arguments, warnings)
 
 
 def check_points() -> None:
@@ -430,8 +434,8 @@ def line_of(one: Criterion, status: str, reason: str, rehearsal: bool) -> dict:
             "of": one.points, "status": status, "reason": printable(reason, 500), "rehearsal": rehearsal}  # fmt: skip
 
 
-def total(path: Path, lines: list[dict], contradictions: dict, arguments: dict) -> dict:
-    """`lines`: one a criterion. Points of a rehearsal are summed apart."""
+def total(path: Path, lines: list[dict], contradictions: dict, arguments: dict, warnings: list[str]) -> dict:
+    """`lines`: one a criterion; `warnings`: check_outputs.py's. Points of a rehearsal are summed apart."""
 
     def points(rehearsal: bool = False, **where: object) -> int:
         where["rehearsal"] = rehearsal
@@ -447,11 +451,12 @@ def total(path: Path, lines: list[dict], contradictions: dict, arguments: dict) 
         "criteria": lines,
         "contradictions": {n: [printable(text, 300) for text in texts] for n, texts in contradictions.items()},
         "arguments": arguments,
+        "warnings": [printable(text, 300) for text in warnings],
     }
 
 
 def nothing(path: Path, reason: str) -> dict:
-    return total(path, [line_of(one, "not earned", reason, False) for one in CRITERIA], {}, {})
+    return total(path, [line_of(one, "not earned", reason, False) for one in CRITERIA], {}, {}, [])
 
 
 def grade_apart(path: Path, alpaca_eval: list[str] | UserError, out: Path) -> dict:
@@ -483,7 +488,7 @@ def summary_lines(result: dict) -> list[str]:
         lines.append(
             f"rehearsal on the CPU: {result['rehearsal_points']} of {rehearsed} points, which do not count"
         )
-    return lines
+    return lines + [f"WARNING: {text}" for text in result["warnings"]]
 
 
 def show(result: dict) -> None:

@@ -4,6 +4,7 @@
 
 Alone: rows, keys and their order, the order of the instructions (outputs_all.json beside it), failed records
 (summary.json beside it), and as remarks empty, looping and cut answers, with a warning above a tenth of the rows.
+Mistakes that the run's own files show are warned of, too, each with its cure.
 Against a reference: rows that are identical, and for the others where they first differ. If both summaries are there
 and GPU, lock, profile, revision or seed differ, bytes cannot match: similarity is reported instead, and only --strict
 fails.
@@ -14,6 +15,7 @@ Exit codes: 0 in order, 1 not, 2 a file cannot be read.
 import argparse
 import difflib
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -30,8 +32,15 @@ FAULTS = {
     "looping": "looping at the end",
     "cut": "cut in mid-sentence, as by the token limit",
 }
+CAUSES = {  # of a file without summary.json
+    "empty": "",
+    "looping": "; prompts without the model's chat template do that",
+    "cut": "; a request without sampling_params ends at 128 tokens, the assignment's at 8,192",
+}
 PROSE_CHARS = 40  # shorter last lines (names, numbers, titles, items of a list) need no full stop
 MOST_SHARE = 0.1  # of the rows that may be empty, looping or cut without a warning
+MAX_NEW_TOKENS, REHEARSED_TOKENS = 8192, 128  # run_sglang.py's defaults
+LEAST_ROOFLINE_SHARE = 0.2  # an H100 reaches 0.6 with all records in flight, 0.12 in batches of 64
 
 
 class Unreadable(Exception):
@@ -71,8 +80,10 @@ def parse_rows(text: str, problems: list[str]) -> list[dict]:
             row, wrong = {}, "not an object"
         elif not wrong and list(row) != KEYS:
             wrong = f"keys are {list(row)}, expected {KEYS}"
-        if not all(isinstance(row.get(key, ""), str) for key in KEYS):
-            row, wrong = {}, f"{KEYS[0]} and {KEYS[1]} must be text"
+        other = next((key for key in KEYS if not isinstance(row.get(key, ""), str)), None)
+        if other:
+            kind = type(row[other]).__name__
+            row, wrong = {}, f"{other} is {kind}, not text: of an engine's result write result['text']"
         if wrong:
             problems.append(f"line {number}: {wrong}")
         rows.append({key: row.get(key, "") for key in KEYS})
@@ -136,10 +147,62 @@ def check(text: str, expected: int, summary: dict | None = None, everything: lis
     others = [index for index in failed if index % EVERY]
     if others:
         remarks.append(f"{len(others)} records outside this file failed, e.g. {others[0]}: {failed[others[0]]}")
-    warnings = [f"{count} of {len(rows)} answers are {FAULTS[fault]}" for fault, count in counts.items()
-                if count > MOST_SHARE * len(rows)]  # fmt: skip
+    warnings = [f"{count} of {len(rows)} answers are {FAULTS[fault]}{'' if summary else CAUSES[fault]}"
+                for fault, count in counts.items() if count > MOST_SHARE * len(rows)]  # fmt: skip
+    warnings += mistakes(summary, everything)
     return {"rows": rows, "problems": problems, "remarks": remarks, "warnings": warnings, "counts": counts,
             "lengths": lengths(rows)}  # fmt: skip
+
+
+def told(value: object, *names: str) -> object:
+    """What a JSON object says under a name, in it under the next, ...; None where it does not."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def mistakes(summary: dict, everything: list | None) -> list[str]:
+    """What summary.json and outputs_all.json show of how the run was started: a line for each mistake, with its cure."""
+    arguments, engine_args = told(summary, "settings", "arguments"), told(summary, "settings", "engine_args")
+    model = str(told(arguments, "model_path") or told((everything or [None])[0], "generator"))[-100:]
+    found = []
+    if model.lower().endswith("-1m") and "dual_chunk" not in str(told(engine_args, "json_model_override_args")):
+        found.append(
+            f"{model}: its dual-chunk attention switches RadixAttention off; use Qwen/Qwen2.5-7B-Instruct"
+        )
+    if told(arguments, "raw") is True and "instruct" in model.lower():
+        found.append(
+            f"--raw: {model} was asked without its chat template, which makes answers loop; leave --raw out"
+        )
+    numbers = {name: value for source in (summary, arguments) if isinstance(source, dict)
+               for name, value in source.items() if type(value) in (int, float)}  # fmt: skip
+    usual = REHEARSED_TOKENS if told(arguments, "rehearse") is True else MAX_NEW_TOKENS
+    return found + in_flight(numbers) + cut_by_mistake(numbers, len(told(summary, "truncated") or ()), usual)
+
+
+def in_flight(numbers: dict[str, float]) -> list[str]:
+    """A line if few records were in flight together."""
+    size, share = numbers.get("batch_size", 0), numbers.get("roofline_share")
+    if 0 < size < numbers.get("records", 0):
+        return [f"--batch_size {size}: no more records than that were in flight; leave it out (all of them)"]
+    if share is not None and 0 <= share < LEAST_ROOFLINE_SHARE:
+        return [
+            f"{share:.0%} of the roofline, as batches one after another reach: send all requests, then await them"
+        ]
+    return []
+
+
+def cut_by_mistake(numbers: dict[str, float], cut: int, usual: int) -> list[str]:
+    """A line if the limit that cut `cut` answers was not the `usual` one. A cut answer has max_new_tokens, or ends where
+    the context does: fewer tokens than that in all answers together show that another limit was at work."""
+    limit, tokens = numbers.get("max_new_tokens", usual), numbers.get("output_tokens", math.inf)
+    if tokens < cut * limit - numbers.get("prompt_tokens", math.inf):
+        return [
+            f"{cut} answers were cut long before --max_new_tokens {limit}: pass each request its sampling_params"
+        ]
+    if limit < usual and cut > MOST_SHARE * numbers.get("records", math.inf):
+        return [f"{cut} answers were cut at --max_new_tokens {limit}; leave it at its default, {usual}"]
+    return []
 
 
 def lengths(rows: list[dict]) -> dict:

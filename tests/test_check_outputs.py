@@ -15,7 +15,7 @@ from harness import ROOT
 def folder(tmp_path):
     """make(name, outputs, **settings) -> outputs.jsonl of a run of that many answers, its other files beside it."""
 
-    def make(name, outputs, failures=(), truncated=(), **settings):
+    def make(name, outputs, failures=(), truncated=(), told=None, **settings):
         out = tmp_path / name
         out.mkdir()
         rows = [{"output": text, "instruction": f"prompt {i}"} for i, text in enumerate(outputs)]
@@ -26,7 +26,7 @@ def folder(tmp_path):
             "failures": [{"index": i, "reason": "broken"} for i in failures],
             "truncated": list(truncated),
             "settings": {"seed": 1, "gpu_name": "A"} | settings,
-        }
+        } | (told or {})
         (out / "summary.json").write_text(json.dumps(summary))
         return out / "outputs.jsonl"
 
@@ -76,7 +76,8 @@ def test_problems_are_named(folder, run):
     [('{"instruction": "a", "output": "b"}\n', "line 1: keys are ['instruction', 'output'], expected"),
      ("nonsense\n", "line 1: not valid JSON"), ("[" * 10**5 + "\n", "line 1: not valid JSON"),
      ("1" * 5000 + "\n", "line 1: not valid JSON"), ("[1]\n", "line 1: not an object"),
-     ('{"output": 1, "instruction": "x"}\n', "line 1: output and instruction must be text"),
+     ('{"output": 1, "instruction": "x"}\n', "line 1: output is int, not text: of an engine's result write result['text']"),
+     ('{"output": {"text": "b"}, "instruction": "a"}\n', "line 1: output is dict, not text"),
      ('{"output": "a", "instruction": "b"}', "the last line does not end: was the file cut?")],
 )  # fmt: skip
 def test_a_line_that_is_no_row_is_named(tmp_path, run, line, problem):
@@ -174,6 +175,69 @@ def test_the_summary_knows_better_than_the_text_which_answers_were_cut(folder, r
     assert "0 cut" in run(folder("a", ["There are several reasons why this did not work: the"] * 31))[1]
     _, text = run(folder("b", GOOD, truncated=[0, 5, 20]))
     assert "WARNING  2 of 4 answers are cut" in text
+
+
+# --- known mistakes ----------------------------------------------------------------------------------------
+
+INSTRUCT = "Qwen/Qwen2.5-7B-Instruct"
+LOOPS = [text + " and so on" * 20 if i % 50 == 0 else text for i, text in enumerate(["An answer."] * 101)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told", "line"),
+    [
+        ({"model_path": f"{INSTRUCT}-1M"}, {}, f"{INSTRUCT}-1M: its dual-chunk attention switches RadixAttention off; "),
+        ({"batch_size": 8}, {}, "--batch_size 8: no more records than that were in flight; leave it out"),
+        ({"batch_size": 64}, {}, "--batch_size 64: no more records"),
+        ({}, {"roofline_share": 0.12}, "12% of the roofline, as batches one after another reach: send all requests"),
+        ({"max_new_tokens": 128}, {"output_tokens": 6000}, "40 answers were cut at --max_new_tokens 128; leave it at"),
+        ({"max_new_tokens": 1024}, {"output_tokens": 45000}, "40 answers were cut at --max_new_tokens 1024; leave it"),
+        ({"max_new_tokens": 8192}, {"output_tokens": 6000},
+         "40 answers were cut long before --max_new_tokens 8192: pass each request its sampling_params"),
+        ({"raw": True}, {}, f"--raw: {INSTRUCT} was asked without its chat template, which makes answers loop; "),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_with_its_cure(folder, run, arguments, told, line):
+    told = {"prompt_tokens": 3000, "truncated": [*range(40)] if "output_tokens" in told else []} | told
+    code, text = run(
+        folder("a", LOOPS, told=told, arguments={"model_path": INSTRUCT} | arguments, engine_args={})
+    )
+    assert code == 0
+    found = [line for line in text.splitlines() if line.startswith("WARNING") and " answers are " not in line]
+    assert len(found) == 1, text
+    assert found[0].startswith(f"WARNING  {line}")
+
+
+def test_what_is_no_mistake_gets_no_line(folder, run):
+    """-1M as our program starts it; a few answers that were cut by the assignment's own limit; a rehearsal."""
+    model = {
+        "arguments": {"model_path": f"{INSTRUCT}-1M", "max_new_tokens": 8192, "batch_size": 0, "raw": False}
+    }
+    model |= {"engine_args": {"json_model_override_args": '{"dual_chunk_attention_config": null}'}}
+    told = {"prompt_tokens": 3000, "output_tokens": 60000, "roofline_share": 0.6}
+    assert "WARNING" not in run(folder("a", LOOPS[1:50], truncated=[1, 2], told=told, **model))[1]
+    rehearsal = {"arguments": {"max_new_tokens": 128, "rehearse": True}}
+    told = {"prompt_tokens": 3000, "output_tokens": 6000}
+    assert "WARNING" not in run(folder("b", LOOPS[1:50], truncated=range(1, 10), told=told, **rehearsal))[1]
+
+
+def test_a_file_alone_names_likely_causes(tmp_path, run):
+    """Without a summary, but with AlpacaEval's array, which names the model."""
+    looping = [text + " and so on" * 20 if i % 50 == 0 else text for i, text in enumerate(answers())]
+    path = lone_file(tmp_path / "outputs.jsonl", looping)
+    everything = [
+        {"instruction": f"prompt {i}", "output": text, "generator": f"{INSTRUCT}-1M"}
+        for i, text in enumerate(looping)
+    ]
+    (tmp_path / "outputs_all.json").write_text(json.dumps(everything))
+    text = run(path)[1]
+    assert (
+        "WARNING  17 of 81 answers are looping at the end; prompts without the model's chat template do that"
+        in text
+    )
+    assert f"WARNING  {INSTRUCT}-1M: its dual-chunk attention" in text
+    text = run(lone_file(tmp_path / "cut.jsonl", [text[:560] for text in answers()]))[1]
+    assert "as by the token limit; a request without sampling_params ends at 128 tokens" in text
 
 
 # --- against a reference ------------------------------------------------------------------------------

@@ -304,7 +304,17 @@ def test_what_costs_which_point(graded, changes, lost):
 def test_bf16_needs_a_gpu_that_has_it(graded):
     changes = {"finetune/summary.json": lambda s: s.update(dtype="bf16"),
                "finetune/run_config.json": lambda c: c["plan"].update(dtype="bf16")}  # fmt: skip
-    assert reasons(graded(changes))["memory"] == "bf16 on Tesla V100-SXM2-16GB"
+    cure = "--dtype auto takes what it has: bf16 from compute capability 8.0"
+    assert reasons(graded(changes))["memory"] == f"bf16 on Tesla V100-SXM2-16GB; {cure}"
+
+
+def test_the_checkers_warnings_are_told_to_the_student(graded, capsys):
+    result = graded({"inference/summary.json": lambda s: s["settings"]["arguments"].update(batch_size=32)})
+    (line,) = result["warnings"]
+    assert line.startswith("--batch_size 32: no more records")
+    assert result["points"] == 10
+    grade.show(result)
+    assert f"  WARNING: {line}" in capsys.readouterr().out
 
 
 def test_answers_of_one_loop_lose_their_point_and_contradict_the_rest(graded):
