@@ -17,12 +17,14 @@ from lora_sft import launch, run_folder
 from lora_sft.arguments import REHEARSAL, TINY_MODEL, Arguments, parse, read_zero_config
 from workbench import UserError
 from workbench.files import claim, disk_full
+from workbench.flags import print_given
 from workbench.processes import use_short_tmpdir
 
 
 def main(argv: list[str]) -> int:
     try:
         args = parse(argv)
+        print_given(argv)
         zero_config = read_zero_config(args.deepspeed)
         set_up_environment(args)
         folder = Path(args.output_dir)

@@ -27,6 +27,7 @@ from batch_infer.store import PartialFile
 from batch_infer.supervise import same_command, supervise
 from workbench import UserError
 from workbench.files import claim
+from workbench.flags import print_given
 from workbench.models import load_tokenizer
 from workbench.processes import STOPPED, use_short_tmpdir
 
@@ -46,6 +47,7 @@ class Run:
 def main(argv: list[str]) -> int:
     try:
         args = parse(argv)
+        print_given(argv)
         with claim(args.folder, "--output_file"):
             if args.overwrite:
                 store.stored_identity(args.folder)  # raises for files that are not this program's

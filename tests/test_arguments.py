@@ -1,6 +1,8 @@
 """Flags and the ZeRO file: every mistake is one line that names the cure."""
 
 import json
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
@@ -38,6 +40,21 @@ from workbench import UserError
 def test_mistakes_are_named(argv, message):
     with pytest.raises(UserError, match=message):
         parse(argv)
+
+
+@pytest.mark.parametrize(
+    ("script", "first"),
+    [
+        ("deepspeed/main.py", "--deepspeed ./none.json"),
+        ("sglang/run_sglang.py", "--output_file /proc/x/outputs.jsonl"),
+    ],
+)
+def test_flags_that_a_lost_backslash_drops_are_not_among_the_arguments_that_are_shown(script, first):
+    """Both commands end where the file cannot be had, after they have said what they were given."""
+    lines = f"{sys.executable} {script} {first} --seed 7\n  --max_new_tokens 64"
+    done = subprocess.run(["bash", "-c", lines], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"arguments    {first} --seed 7 (as given; the defaults stand for all others)\n"
+    assert "--max_new_tokens: command not found" in done.stderr
 
 
 def test_every_changed_starter_flag_is_refused_by_name():

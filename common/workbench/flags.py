@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import shlex
 from pathlib import Path
 
 from . import UserError
@@ -30,6 +31,13 @@ def read_flags(argv: list[str], flags: type, changed: dict[str, str] | None = No
         names = [entry.name for entry in dataclasses.fields(flags)]
         raise UserError(unknown_flag(unknown[0], names, changed or {}))
     return {name: value for name, value in vars(known).items() if value is not None}
+
+
+def print_given(argv: list[str]) -> None:
+    """A backslash that is missing at the end of a shell line drops all flags below it, and nothing else would tell."""
+    print(
+        f"arguments    {shlex.join(argv) or 'none'} (as given; the defaults stand for all others)", flush=True
+    )
 
 
 class Parser(argparse.ArgumentParser):
