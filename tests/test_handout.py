@@ -235,6 +235,18 @@ def test_files_functions_flags_and_targets_of_the_assignment_exist(built):
     assert set(re.findall(r"`(stage3\w+|reduce\w+)`", ASSIGNMENT)) <= knobs.keys()
 
 
+def test_what_ai_tutors_are_pointed_at_exists(built):
+    student = built / "student/handout"
+    rules = (student / "AGENTS.md").read_text()
+    names = re.findall(r"`((?:tests|handout)/[\w.]*)`|\]\((\w+\.md)\)|(tests/\w+\.py)", rules)
+    assert len(names) == 5
+    assert all((student / "".join(name)).exists() for name in names)
+    for file, part in re.findall(r"(tests/test_problem\d\.py) -k (\d\w)", rules):
+        assert re.search(rf"^(async )?def test_(\d\w_)*{part}_", (student / file).read_text(), re.M), part
+    targets = set(re.findall(r"^([a-z0-9-]+):", (student / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`make ([a-z-]+)`", rules)) <= targets
+
+
 # --- the reference ------------------------------------------------------------------------------------
 
 
