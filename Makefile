@@ -55,7 +55,7 @@ submission: .venv/.installed  ## build/submission.zip: the files to hand in (REH
 	if [ $$missing = 1 ]; then echo "build/submission.zip holds the rest only" >&2; exit 1; fi; echo build/submission.zip
 
 clean:  ## remove rehearsal runs and caches (not .venv, not your outputs)
-	rm -rf build/handout build/handout.zip rehearsal/runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf build/handout build/handout.zip build/autograder.zip rehearsal/runs .pytest_cache .ruff_cache .hypothesis
 	find deepspeed sglang rehearsal tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # Staff only

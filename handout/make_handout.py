@@ -34,7 +34,7 @@ STARTER = "handout/starter/"
 # What goes to students: a file or folder that is not named here does not, so that nothing slips through.
 SHIPPED = (
     *(".gitignore", "LICENSE", "Makefile", "env.sh", "pyproject.toml", "requirements.in", "requirements.txt"),
-    *("common/", "deepspeed/", "rehearsal/", "sglang/"),
+    *(".devcontainer/", "common/", "deepspeed/", "rehearsal/", "sglang/"),
     *("tests/conftest.py", "tests/harness.py", "tests/test_problem1.py", "tests/test_problem2.py"),
     *("handout/reference.py", "handout/reference/inference/"),
 )

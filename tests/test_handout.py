@@ -102,7 +102,13 @@ def test_the_zip_has_no_history_and_nothing_of_staff(built):
     assert "Staff" not in makefile
     assert "\ngrade:" not in makefile
     assert "\nrehearse:" in makefile
-    for name in ("README.md", "tests/test_problem1.py", "handout/reference/inference/outputs.jsonl", "LICENSE"):
+    for name in (
+        "README.md",
+        ".devcontainer/devcontainer.json",
+        "tests/test_problem1.py",
+        "handout/reference/inference/outputs.jsonl",
+        "LICENSE",
+    ):
         assert f"handout/{name}" in names
     assert (built / "student/handout/README.md").read_text() == ASSIGNMENT.replace("](../", "](")
 
@@ -227,6 +233,8 @@ def test_files_functions_flags_and_targets_of_the_assignment_exist(built):
     assert sum(bool(function) for _, function in files) == 5
     for link in re.findall(r"\]\(\.\./([^)]+)\)", ASSIGNMENT):
         assert (student / link).exists(), link
+    container = json.loads((student / ".devcontainer/devcontainer.json").read_text())
+    assert container["onCreateCommand"].endswith(" && make install")
     targets = set(re.findall(r"^([a-z0-9-]+):", (student / "Makefile").read_text(), re.M))
     assert set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", ASSIGNMENT, re.M)) <= targets
     ours = {entry.name for program in (Arguments, Inference) for entry in fields(program)}
