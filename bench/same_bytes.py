@@ -2,7 +2,9 @@
 
     python bench/same_bytes.py fresh_1 fresh_2 in_flight_64 running_100 killed_and_resumed --records FILE
     python bench/same_bytes.py fresh_1 two_gpus --model_path FOLDER --lora_path FOLDER
-    python bench/same_bytes.py fresh_1 killed_and_resumed --device cpu        # the rehearsal's tiny model
+    python bench/same_bytes.py fresh_1 jump_forward --json_every 1 --temperature 0 --model_path FOLDER \
+        --engine_args '{"grammar_backend": "llguidance"}'
+    python bench/same_bytes.py fresh_1 killed_and_resumed --device cpu        # the rehearsal's model
 
 On a GPU: random weights of Qwen2.5-7B's shape in files (14.2 GiB), not SGLang's dummy ones; they are 35 times
 smaller, attention with them is flat, and what differs does not show. Every run is the real command in a folder of its own.
@@ -15,6 +17,7 @@ runs:
     running_N             at most N of them running (--max_running_requests)
     killed_and_resumed    killed with -9 once a quarter is answered, then the same command again
     two_gpus              a copy on each of two GPUs (--dp_size 2)
+    jump_forward          forced text in one pass (--jump_forward); the same text with llguidance only
 """
 
 import argparse
@@ -43,13 +46,31 @@ ROOT = REHEARSAL.parent
 FOLDER = REHEARSAL / "runs" / "same_bytes"
 RESULT = ROOT / "bench" / "results" / "same_bytes.json"
 KILLED, TWO_GPUS = "killed_and_resumed", "two_gpus"
+OWN_FLAGS = {TWO_GPUS: ["--dp_size", "2"], "jump_forward": ["--dp_size", "1", "--jump_forward"]}
 DEFAULT_RUNS = ["fresh_1", "fresh_2", "in_flight_64", "running_100", KILLED]
+
+
+def schema_of(index: int) -> dict:
+    """One of four: little forced text, half of it, most of it, and nested."""
+    word, name = {"type": "string", "maxLength": 12}, {"enum": ["red", "green", "blue"]}
+    four = [
+        {"answer": {"type": "string", "maxLength": 60}},
+        {"name_of_the_person": word, "preferred_colour": word},
+        {"does_the_person_agree_with_it": {"type": "boolean"}, "preferred_colour_of_the_person": name},
+        {"people": {"type": "array", "items": object_of({"name": word, "colour": name}), "maxItems": 2}},
+    ]
+    return object_of(four[index % 4])
+
+
+def object_of(properties: dict) -> dict:
+    names = {"properties": properties, "required": list(properties)}
+    return {"type": "object", "additionalProperties": False} | names
 
 
 def flags_of(run: str) -> list[str]:
     """Its own flags. Raises UserError for an unknown run."""
-    if run == TWO_GPUS:
-        return ["--dp_size", "2"]
+    if run in OWN_FLAGS:
+        return OWN_FLAGS[run]
     kind, _, number = run.rpartition("_")
     own = {"fresh": [], "in_flight": ["--batch_size", number], "running": ["--max_running_requests", number]}
     if run != KILLED and (kind not in own or not re.fullmatch(r"[1-9]\d*", number)):
@@ -74,6 +95,9 @@ def measure(run: str, command: list[str], folder: Path, kill_at: int) -> dict:
         "outputs": [row["output"] for row in json.loads(answers)],
         "cached_prompt_tokens": summary["cached_prompt_tokens"],
         "output_tokens": summary["output_tokens"],
+        "forced_tokens": summary["forced_tokens"],
+        "generate_s": summary["generate_s"],
+        "parity": summary["parity"],
         "answers_before_the_kill": killed,
         "settings": summary["settings"],
     }
@@ -124,13 +148,16 @@ def prepare(given: argparse.Namespace) -> tuple[list[str], dict]:
     rows = [row for _, row in read_rows(Path(given.records), "--records")]
     if not all(isinstance(row, dict) and "instruction" in row for row in rows):
         raise UserError(f"--records {given.records}: every row must have an instruction")
-    distinct = [row["instruction"] for row in rows][: given.limit * 4 // 5]
+    distinct: list[dict] = [{"instruction": row["instruction"]} for row in rows][: given.limit * 4 // 5]
+    for index in range(0, len(distinct) if given.json_every else 0, given.json_every or 1):
+        distinct[index]["json_schema"] = schema_of(index // given.json_every)
     prompts = FOLDER / "prompts.json"
     prompts.write_text(json.dumps(distinct + distinct[: len(distinct) // 4]))
     command = [sys.executable, str(ROOT / "sglang" / "run_sglang.py"), "--prompts", str(prompts)]
-    command += ["--max_new_tokens", str(given.max_new_tokens)]
+    command += ["--max_new_tokens", str(given.max_new_tokens), "--temperature", str(given.temperature)]
     command += ["--lora_path", given.lora_path] if given.lora_path else []
     about = {"repeated_prompts": len(distinct) // 4, "commit": commit()}
+    about |= {"json_every": given.json_every, "temperature": given.temperature}
     about["prompts_sha256"] = hashlib.sha256(Path(given.records).read_bytes()).hexdigest()
     if given.device == "cpu":
         return [*command, "--rehearse"], about
@@ -150,6 +177,8 @@ def main() -> int:
     parser.add_argument("--records", default=str(REHEARSAL / "instructions.json"), help="rows with instruction")
     parser.add_argument("--limit", type=int, default=805, help="records in all, the repeated ones among them")
     parser.add_argument("--max_new_tokens", type=int, default=96)
+    parser.add_argument("--json_every", type=int, default=0, help="every so many records get a JSON schema")
+    parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--at_once", type=int, default=2, help="runs at a time")
     parser.add_argument("--model_path", help="on a GPU: folder")
     parser.add_argument("--lora_path", help="on a GPU: adapter folder, for all records")

@@ -2,7 +2,6 @@
 
 python bench/shapes.py llama2-7b FOLDER                         # 12.6 GiB, drawn on the GPU if there is one
 python bench/shapes.py qwen2.5-7b FOLDER --adapter FOLDER       # 14.2 GiB, and a random LoRA adapter of rank 16
-python bench/shapes.py smollm2-135m FOLDER                      # tied embeddings, 3 KV heads of 9
 """
 
 import argparse
@@ -27,10 +26,6 @@ SHAPES = {
     "tinyllama-1.1b": LLAMA  # TinyLlama/TinyLlama-1.1B-Chat-v1.0
     | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4}
     | {"max_position_embeddings": 2048},
-    "smollm2-135m": LLAMA  # HuggingFaceTB/SmolLM2-135M-Instruct
-    | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
-    | {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
-    | {"rope_theta": 100000.0, "initializer_range": 1 / 24, "tie_word_embeddings": True},
     "qwen2.5-7b": {  # Qwen/Qwen2.5-7B-Instruct
         **{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu"},
         **{"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064},

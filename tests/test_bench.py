@@ -207,6 +207,7 @@ def test_flags_of_the_runs():
     assert same_bytes.flags_of("in_flight_64") == ["--dp_size", "1", "--batch_size", "64"]
     assert same_bytes.flags_of("running_100") == ["--dp_size", "1", "--max_running_requests", "100"]
     assert same_bytes.flags_of("two_gpus") == ["--dp_size", "2"]
+    assert "--jump_forward" in same_bytes.flags_of("jump_forward")
     for run in ("fresh", "in_flight_", "running_all"):
         with pytest.raises(UserError, match=f"no run {run}"):
             same_bytes.flags_of(run)
@@ -268,8 +269,7 @@ def test_batch_invariance_names_the_module_that_looks_at_its_neighbours(runtime,
     assert code == 0, text
 
 
-SIZES = {"llama2-7b": 6_738_415_616, "tinyllama-1.1b": 1_100_048_384, "smollm2-135m": 134_515_008}
-SIZES |= {"qwen2.5-7b": 7_615_616_512}
+SIZES = {"llama2-7b": 6_738_415_616, "tinyllama-1.1b": 1_100_048_384, "qwen2.5-7b": 7_615_616_512}
 
 
 @pytest.mark.parametrize("name", shapes.SHAPES)
@@ -282,7 +282,7 @@ def test_shapes_have_their_published_sizes(name):
     assert c["num_hidden_layers"] * layer + tables * c["vocab_size"] * hidden + hidden == SIZES[name]
 
 
-@pytest.mark.parametrize("name", ["llama2-7b", "smollm2-135m", "qwen2.5-7b"])
+@pytest.mark.parametrize("name", ["llama2-7b", "qwen2.5-7b"])
 def test_a_shape_loads_as_a_model(transformers, tmp_path, name):
     """With its precision, random weights and a tokenizer of as many tokens that knows the words of the rehearsal's."""
     small = {"hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 2048}
