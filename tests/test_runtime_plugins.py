@@ -132,74 +132,93 @@ def test_ends_of_prompts_are_computed_and_answers_end_at_their_lengths(runtime, 
 # --- exactness ----------------------------------------------------------------------------------------
 
 
-def test_murmur_hash_equals_an_independent_one(tmp_path):
-    """MurmurHash3_x86_32 of 16 bytes, written here from its definition with Python's integers."""
-    vectors = [(0, 0, 0), (1, 2, 3), (2**31 - 1, 8191, 152063), (2**62 + 12345, 77, 1)]
-
-    def murmur3(data: bytes) -> int:
-        state = 0
-        for place in range(0, len(data), 4):
-            block = int.from_bytes(data[place : place + 4], "little") * 0xCC9E2D51 % 2**32
-            block = (block << 15 | block >> 17) % 2**32 * 0x1B873593 % 2**32
-            state ^= block
-            state = ((state << 13 | state >> 19) % 2**32 * 5 + 0xE6546B64) % 2**32
-        state ^= len(data)
-        state = (state ^ state >> 16) * 0x85EBCA6B % 2**32
-        state = (state ^ state >> 13) * 0xC2B2AE35 % 2**32
-        return state ^ state >> 16
-
-    # Published test vector (smhasher): four zero bytes, seed 0.
-    assert murmur3(bytes(4)) == 0x2362F9DE
+def test_a_draw_on_the_cpu_is_the_rows_own_and_comes_from_its_nucleus(tmp_path):
+    """Any rows in any order give the same tokens; tokens come as often as their probabilities within top_p, top_k
+    and min_p say."""
 
     def check() -> None:
-        seeds, positions, columns = (torch.tensor(values) for values in zip(*vectors, strict=True))
-        found = cpu.murmur_hash32(seeds, positions, columns)
-        for row, (seed, position, _) in enumerate(vectors):
-            for column, (_, _, index) in enumerate(vectors):
-                data = seed.to_bytes(8, "little") + position.to_bytes(4, "little") + index.to_bytes(4, "little")
-                assert int(found[row, column]) == murmur3(data)
+        torch.manual_seed(0)
+        probs = (torch.randn(37, 49152) * 4).softmax(-1)
+        numbers = torch.arange(37)
+        limits = torch.full((37,), 1 << 30), torch.linspace(0.1, 1, 37), torch.linspace(0, 0.2, 37)
+
+        def drawn(rows):
+            given = [limit[rows] for limit in limits]
+            return cpu.draw(probs[rows], *given, True, numbers[rows] + 2**40, numbers[rows])
+
+        together = drawn(numbers)
+        for rows in (numbers.flip(0), numbers[3:4], numbers[5:30:3]):
+            assert torch.equal(drawn(rows), together[rows])
+
+        few, draws = torch.tensor([0.4, 0.05, 0.3, 0.25]), 4000
+        for top_k, top_p, min_p, kept in (
+            *((9, 1.0, 0.0, [0, 1, 2, 3]), (9, 0.75, 0.0, [0, 2, 3]), (2, 1.0, 0.0, [0, 2])),
+            *((1, 1.0, 0.0, [0]), (9, 1e-6, 0.0, [0]), (9, 1.0, 0.7, [0, 2])),
+        ):
+            given = [torch.full((draws,), limit) for limit in (top_k, top_p, min_p)]
+            tokens = cpu.draw(few.repeat(draws, 1), *given, True, torch.arange(draws), torch.zeros(draws))
+            found = torch.bincount(tokens, minlength=4) / draws
+            expected = torch.zeros(4)
+            expected[kept] = few[kept] / few[kept].sum()
+            assert (found - expected).abs().max() < 0.03, (top_k, top_p, min_p, found)
+        free = cpu.draw(few.repeat(draws, 1), *given, False, None, torch.zeros(draws))
+        assert 0.35 < (free == 0).float().mean() < 0.45
 
     in_child(check, tmp_path)
 
 
 def test_linear_is_exact_at_every_number_of_rows(tmp_path):
+    """The shapes of SmolLM2's and the rehearsal's layers, and of an adapter."""
+
     def check() -> None:
         torch.manual_seed(0)
-        x, weight, bias = torch.randn(50, 128), torch.randn(384, 128), torch.randn(384)
-        wide = cpu.linear(x, weight, bias)
-        torch.testing.assert_close(wide, torch.nn.functional.linear(x, weight, bias))
-        for rows in range(1, 50):
-            assert torch.equal(cpu.linear(x[:rows], weight, bias), wide[:rows]), rows
-            assert torch.equal(cpu.linear(x[rows : rows + 1], weight, bias), wide[rows : rows + 1]), rows
-        assert torch.equal(cpu.linear(x.view(2, 25, 128), weight), cpu.linear(x, weight).view(2, 25, 384))
+        for k, n in ((128, 384), (576, 960), (576, 3072), (1536, 576), (576, 16), (16, 576)):
+            x, weight, bias = torch.randn(600, k), torch.randn(n, k), torch.randn(n)
+            wide = cpu.linear(x, weight, bias)
+            torch.testing.assert_close(wide, torch.nn.functional.linear(x, weight, bias))
+            for rows in (*range(1, 50), *range(63, 300, 16), 599):
+                assert torch.equal(cpu.linear(x[:rows], weight, bias), wide[:rows]), rows
+                assert torch.equal(cpu.linear(x[rows : rows + 1], weight, bias), wide[rows : rows + 1]), rows
+        x = torch.randn(50, 16)
+        assert torch.equal(cpu.linear(x.view(2, 25, 16), weight), cpu.linear(x, weight).view(2, 25, 576))
 
     in_child(check, tmp_path)
 
 
-def test_attention_is_right_and_exact_however_it_is_cut(tmp_path):
-    """Grouped-query attention over a scattered KV pool against torch's own in fp64; then prefill in one piece,
-    in two, and token by token: equal bits."""
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 32), (4, 2, 32), (9, 3, 64), (28, 4, 128)])
+def test_attention_is_right_and_exact_however_it_is_cut(tmp_path, heads, kv_heads, size):
+    """Over a scattered KV pool against torch's own in fp64; then prefill in one piece, in two, token by token, and
+    beside other records: equal bits. The heads of the rehearsal's models, SmolLM2 and Qwen2.5-7B."""
 
     def check() -> None:
         from torch.nn import functional
 
         torch.manual_seed(0)
-        total, heads, kv_heads, size = 45, 4, 2, 16
+        total = 150
         query = torch.randn(total, heads, size)
-        k_cache, v_cache = torch.randn(100, kv_heads, size), torch.randn(100, kv_heads, size)
-        slots = torch.randperm(100)[:total]
-        whole = cpu.attend(query, k_cache, v_cache, slots, None)
+        k_cache, v_cache = torch.randn(500, kv_heads, size), torch.randn(500, kv_heads, size)
+        table = torch.stack([torch.randperm(500)[:total] for _ in range(3)]).to(torch.int32)
+
+        def attend(*records):
+            """(row of the table, first position, count) each: their queries' results."""
+            slots, firsts, counts = zip(*records, strict=True)
+            parts = cpu.cut(table, slots, firsts, counts, heads // kv_heads)
+            queries = torch.cat([query[first : first + count] for _, first, count in records])
+            queries = queries.split([len(tiles.places) for tiles in parts])
+            pairs = zip(queries, parts, strict=True)
+            return torch.cat([cpu.attend(part, k_cache, v_cache, tiles, size**-0.5) for part, tiles in pairs])
+
+        whole = attend((1, 0, total))
+        slots = table[1].long()
         q, k, v = (t.double().transpose(0, 1)[None] for t in (query, k_cache[slots], v_cache[slots]))
         exact = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         torch.testing.assert_close(whole.double(), exact[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
-        for cut in (1, 15, 16, 17, 31, 44):
-            first = cpu.attend(query[:cut], k_cache, v_cache, slots[:cut], None)
-            second = cpu.attend(query[cut:], k_cache, v_cache, slots, None)
-            assert torch.equal(torch.cat([first, second]), whole), cut
-        for position in range(total):
-            row = query[position : position + 1]
-            alone = cpu.attend(row, k_cache, v_cache, slots[: position + 1], None)
-            assert torch.equal(alone, whole[position : position + 1]), position
+        for at in (1, 15, 16, 17, 63, 64, 65, 149):
+            assert torch.equal(torch.cat([attend((1, 0, at)), attend((1, at, total - at))]), whole), at
+        alone = torch.cat([attend((1, position, 1)) for position in range(total)])
+        assert torch.equal(alone, whole)
+        beside = attend((0, 140, 1), (1, 120, 1), (2, 3, 1)), attend((0, 70, 9), (1, 120, 1), (2, 0, 100))
+        assert torch.equal(torch.stack([beside[0][1], beside[1][9]]), whole[[120, 120]])
 
     in_child(check, tmp_path)
 

@@ -144,15 +144,15 @@ def _adapters(machine: Machine, records: list[Record]) -> list[Choice]:
 
 
 def _cpu(args: Arguments, model: Model) -> list[Choice]:
-    running, context = args.max_running_requests or 16, context_tokens(args, model)
-    pool = 2 * context + running * min(context, 1024)
+    running, context = args.max_running_requests or 64, context_tokens(args, model)
+    pool = 2 * context + running * min(context, 512)
     return [
         ("device", "cpu", "--rehearse" if args.rehearse else "--device cpu"),
         ("dtype", "float32", "on the CPU exact comparison is worth more than speed"),
         ("attention_backend", "torch_native", "FlashInfer's kernels need a GPU"),
         ("dp_size", args.dp_size or 1, "--dp_size" if args.dp_size else "one scheduler process"),
-        ("max_running_requests", running, "a block of 16 rows is computed at once"),
-        ("max_total_tokens", pool, "KV pool: two contexts and 1,024 tokens for each running request"),
+        ("max_running_requests", running, "they share each reading of the weights"),
+        ("max_total_tokens", pool, "KV pool: two contexts and 512 tokens for each running request"),
         ("mem_fraction_static", 0.3, "of host memory, at most"),
         ("cuda_graph_backend_decode", "disabled", "no GPU"),
         ("cuda_graph_backend_prefill", "disabled", "no GPU"),

@@ -1,18 +1,24 @@
 """The real SGLang Runtime on any CPU: a platform, and one named hook for each place that assumes a GPU.
 
-Exactness. The same record gives the same bits whatever runs beside it, because every matrix product has a
-constant shape: linear layers run on blocks of ROWS rows, attention on query blocks whose place and key
-length depend on the absolute position only. What is left (norms, activations, softmax over the vocabulary)
-is computed row by row. Holds with one OpenMP thread, for one torch build on one instruction set.
+Exactness. The same record gives the same bits whatever runs beside it. Linear layers run on a multiple of ROWS
+rows, for which a row of MKL's product does not depend on how many there are (a test tries all); attention on
+tiles of constant shape whose place depends on the absolute position only. What is left (norms, activations,
+softmax over the vocabulary) is computed row by row. Holds with one OpenMP thread, for one torch build on one
+instruction set.
 """
 
-import functools
 import itertools
 import os
+import random
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import asked_for, check_target, hook
 
-ROWS = 16  # rows of every matrix product
+ROWS, MOST_ROWS = 16, 256  # of a linear layer's product
+QUERIES, KEYS, MOST_TILES = 16, 64, 64  # positions of attention's tiles, and how many at once
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def activate() -> str | None:
@@ -28,13 +34,13 @@ def register() -> None:
     allow_deterministic_mode()
     unpin_memory()
     mask_logits_with_xgrammar()
-    hash_seeds_with_torch()
+    draw_without_sorting()
     keep_stock_operators()
     keep_gpu_communicators_off()
     if os.environ.get("RUNTIME_PLUGINS_ROW_BLOCKS", "1") == "1":  # a test switches it off to see what happens
         compute_linear_layers_in_row_blocks()
         compute_lora_in_row_blocks()
-        compute_attention_in_position_blocks()
+        compute_attention_in_tiles()
 
 
 # --- what assumes a GPU -------------------------------------------------------------------------------
@@ -100,42 +106,47 @@ def mask_logits_with_xgrammar() -> None:
     hook(f"{module}.XGrammarGrammarBackend.apply_vocab_mask", apply, "REPLACE")
 
 
-def murmur_hash32(seed, positions, col_indices):
-    """MurmurHash3 (x86, 32 bits, seed 0) of the 16 bytes (seed: 8, position: 4, column: 4), little endian.
+def draw(probs, top_ks, top_ps, min_ps, need_min_p, seeds, positions):
+    """A token per row of `probs` [n, vocabulary] -> int32 [n], by the row's own seed and position. All others
+    are [n], too; without `seeds` every draw is new.
 
-    seed and positions [n], col_indices [m] -> int64 [n, m] in [0, 2^32). tests/test_runtime_plugins.py holds
-    it against a published implementation's vectors.
-    """
+    Nothing is sorted (as in seeded_top_p.py): a token is drawn from all, and if those above it hold more than
+    top_p, or are top_k or more, or it lies below min_p of the largest, again from those above it."""
     import torch
 
-    low32 = 0xFFFFFFFF
-
-    def times(x: torch.Tensor, constant: int) -> torch.Tensor:
-        # x * constant stays below 2^64 only if x is split: int64 has no unsigned product.
-        high, low = x >> 16, x & 0xFFFF
-        return (((high * constant & low32) << 16) + low * constant) & low32
-
-    def mix(state: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-        block = times(block, 0xCC9E2D51)
-        block = times(((block << 15) | (block >> 17)) & low32, 0x1B873593)
-        state = state ^ block
-        state = ((state << 13) | (state >> 19)) & low32
-        return (state * 5 + 0xE6546B64) & low32
-
-    seed = seed.to(torch.int64)[:, None]
-    state = torch.zeros_like(seed)
-    for block in (seed & low32, (seed >> 32) & low32, positions.to(torch.int64)[:, None] & low32):
-        state = mix(state, block)
-    state = mix(state, col_indices.to(torch.int64)[None, :] & low32) ^ 16
-    state = times(state ^ (state >> 16), 0x85EBCA6B)
-    state = times(state ^ (state >> 13), 0xC2B2AE35)
-    return state ^ (state >> 16)
+    seeds = torch.randint(2**31, (len(probs),)) if seeds is None else seeds
+    numbers = [
+        random.Random(f"{seed} {place}") for seed, place in zip(seeds.tolist(), positions.tolist(), strict=True)
+    ]
+    tokens = torch.zeros(len(probs), dtype=torch.int32)
+    rows, left = torch.arange(len(probs)), probs
+    while len(rows):
+        upto = left.cumsum(-1)
+        target = upto[:, -1] * torch.tensor([1 - numbers[row].random() for row in rows])
+        # In (0, all]: the first token that reaches it has a probability above 0. NaNs give the last one.
+        token = torch.searchsorted(upto, target[:, None]).clamp_(max=probs.shape[1] - 1)
+        tokens[rows] = token[:, 0].int()
+        chosen = left.gather(1, token)
+        left = torch.where(left > chosen, left, 0)
+        outside = (left.sum(-1) > top_ps[rows]) | ((left > 0).sum(-1) >= top_ks[rows])
+        if need_min_p:
+            outside |= chosen[:, 0] < min_ps[rows] * probs[rows].amax(-1)
+        rows, left = rows[outside], left[outside]
+    return tokens
 
 
-def hash_seeds_with_torch() -> None:
-    """sglang/kernels/ops/sampling/murmur_hash.py is a Triton kernel; layers/sampler.py, multinomial_with_seed,
-    draws a record's tokens from it (record's seed, position, vocabulary index)."""
-    hook("sglang.kernels.ops.sampling.murmur_hash.murmur_hash32", murmur_hash32, "REPLACE")
+def draw_without_sorting() -> None:
+    """layers/sampler.py, top_k_top_p_min_p_sampling_from_probs_torch and sampling_from_probs_torch, sort the
+    vocabulary and hash each of its entries (a Triton kernel) for every token."""
+    import torch
+
+    def from_all(probs, sampling_seed=None, positions=None):
+        no_limit = torch.full((len(probs),), probs.shape[1] + 1)
+        return draw(probs, no_limit, no_limit, None, False, sampling_seed, positions)
+
+    sampler = "sglang.srt.layers.sampler"
+    hook(f"{sampler}.top_k_top_p_min_p_sampling_from_probs_torch", draw, "REPLACE")
+    hook(f"{sampler}.sampling_from_probs_torch", from_all, "REPLACE")
 
 
 def keep_stock_operators() -> None:
@@ -167,8 +178,8 @@ def keep_gpu_communicators_off() -> None:
 
 
 def linear(x, weight, bias=None):
-    """x [..., k] @ weight [n, k].T + bias, computed on blocks of exactly ROWS rows (the last one padded with
-    zeros), so that a row's bits do not depend on how many rows there are."""
+    """x [..., k] @ weight [n, k].T + bias. Rows are padded with zeros to a multiple of ROWS, at most MOST_ROWS
+    in a product: a row's bits do not depend on how many rows there are."""
     import torch
     from torch.nn import functional
 
@@ -176,7 +187,7 @@ def linear(x, weight, bias=None):
     rows = flat.shape[0]
     if rows % ROWS:
         flat = functional.pad(flat, (0, 0, 0, -rows % ROWS))
-    blocks = [functional.linear(block, weight, bias) for block in flat.split(ROWS)]
+    blocks = [functional.linear(block, weight, bias) for block in flat.split(MOST_ROWS)]
     result = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
     return result[:rows].view(*x.shape[:-1], -1)
 
@@ -235,73 +246,121 @@ def compute_lora_in_row_blocks() -> None:
     hook("sglang.srt.lora.torch_ops.sgemm_lora_b_fwd", lora_b, "REPLACE")
 
 
-@functools.lru_cache(maxsize=4096)
-def _causal_mask(start: int, dtype):
-    """[ROWS, start + ROWS]: row r sees positions up to start + r."""
+class Tiles(NamedTuple):
+    """How the attention of some queries is computed: a block of a record's queries against KEYS of its keys at a
+    time, which begin at a multiple of KEYS. Computed once for all layers."""
+
+    blocks: int
+    queries: int  # of a block: positions that begin at a multiple of it
+    places: list[int]  # [new]: where the queries are among blocks * queries
+    block: "Tensor"  # [tiles], ascending
+    slots: "Tensor"  # [tiles, KEYS]: in the KV pool
+    mask: "Tensor"  # [tiles, 1, rows, KEYS]: -inf where a key is behind its query
+
+
+def cut(req_to_token, slots: list[int], firsts: list[int], counts: list[int], group: int) -> list[Tiles]:
+    """For records whose tokens' slots are in the rows slots[i] of `req_to_token`, and whose positions firsts[i] to
+    firsts[i] + counts[i] - 1 are queries, with `group` heads for one of KV. About MOST_TILES at once: keys are copied.
+    """
+    queries = 1 if max(counts) == 1 else QUERIES
+    parts, tiles = [[]], 0
+    for slot, first, count in zip(slots, firsts, counts, strict=True):
+        for start in range(first - first % queries, first + count, queries):
+            if tiles >= MOST_TILES:
+                parts, tiles = [*parts, []], 0
+            parts[-1].append((slot, start, max(start, first), min(start + queries, first + count)))
+            tiles += start // KEYS + 1
+    return [_tiles(req_to_token, blocks, queries, group) for blocks in parts]
+
+
+def _tiles(req_to_token, blocks: list[tuple[int, int, int, int]], queries: int, group: int) -> Tiles:
+    """A block is its row of `req_to_token`, its start, its first query and the end of its queries."""
     import torch
 
-    hidden = torch.ones(ROWS, start + ROWS, dtype=torch.bool).triu(start + 1)
-    return torch.zeros(ROWS, start + ROWS, dtype=dtype).masked_fill_(hidden, float("-inf"))
+    places = [i * queries + q - start for i, (_, start, low, end) in enumerate(blocks) for q in range(low, end)]
+    slot, start, _, end = torch.tensor(blocks).T
+    block = torch.arange(len(blocks)).repeat_interleave(start // KEYS + 1)
+    keys = torch.cat([torch.arange(0, first + 1, KEYS) for first in start.tolist()])[:, None] + torch.arange(
+        KEYS
+    )
+    rows = torch.arange(-(-queries * group // 8) * 8) // group
+    hidden = keys[:, None, None, :] > start[block, None, None, None] + rows[:, None]
+    mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+    slots = req_to_token[slot[block, None], keys.minimum(end[block, None] - 1)]
+    return Tiles(len(blocks), queries, places, block, slots, mask)
 
 
-def attend(query, k_cache, v_cache, tokens, scaling: float | None):
-    """Causal attention of one record's newest tokens, in blocks that depend on the absolute position only.
+def attend(query, k_cache, v_cache, tiles: Tiles, scaling: float):
+    """Causal attention; query [new, heads, size], k_cache and v_cache [slots, kv_heads, size] -> [new, heads, size].
 
-    query [new, heads, size]; k_cache and v_cache [slots, kv_heads, size]; tokens [total]: the slots of
-    positions 0 to total - 1, the query's last. A query at position p always runs as row p % ROWS of a block
-    of ROWS queries against the keys up to that block's last position (masked; where there is none yet, the
-    first key stands in): the same shapes whether its prefix came from the cache, from another chunk or from
-    this pass. Returns [new, heads, size].
-    """
+    A product's row does not depend on how many rows there are if they are a multiple of 4 (a test tries all), so one
+    block may hold one query or QUERIES; its tiles are added up in their order."""
+    import torch
     from torch.nn import functional
 
-    new, heads, size = query.shape
-    total = tokens.shape[0]
-    first = total - new
-    slots = functional.pad(tokens, (0, -total % ROWS), value=int(tokens[0]))
-    keys = k_cache[slots].to(query.dtype).transpose(0, 1)[None]
-    values = v_cache[slots].to(query.dtype).transpose(0, 1)[None]
-    output = query.new_empty(new, heads, values.shape[-1])
-    for start in range(first - first % ROWS, total, ROWS):
-        low, high = max(start, first), min(start + ROWS, total)
-        block = query.new_zeros(1, heads, ROWS, size)
-        block[0, :, low - start : high - start] = query[low - first : high - first].transpose(0, 1)
-        result = functional.scaled_dot_product_attention(
-            block,
-            keys[:, :, : start + ROWS],
-            values[:, :, : start + ROWS],
-            attn_mask=_causal_mask(start, query.dtype),
-            scale=scaling,
-            enable_gqa=keys.shape[1] != heads,
-        )
-        output[low - first : high - first] = result[0, :, low - start : high - start].transpose(0, 1)
-    return output
+    heads, size = query.shape[1:]
+    blocks = query.new_zeros(tiles.blocks * tiles.queries, heads, size)
+    blocks[tiles.places] = query
+    # The queries of the heads that share one of KV are rows of one product.
+    rows = blocks.view(tiles.blocks, tiles.queries, k_cache.shape[1], -1, size).transpose(1, 2).flatten(2, 3)
+    used = rows.shape[2]
+    rows = functional.pad(rows, (0, 0, 0, tiles.mask.shape[2] - used))
+    keys, values = (
+        cache.index_select(0, tiles.slots.flatten()).view(*tiles.slots.shape, *cache.shape[1:]).transpose(1, 2)
+        for cache in (k_cache, v_cache)
+    )
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    parts, log_sums = flash(
+        rows[tiles.block],
+        keys.to(query.dtype),
+        values.to(query.dtype),
+        attn_mask=tiles.mask.to(query.dtype),
+        scale=scaling,
+    )
+
+    index = tiles.block[:, None, None].expand_as(log_sums)
+    largest = log_sums.new_full(rows.shape[:3], float("-inf")).scatter_reduce_(0, index, log_sums, "amax")
+    weights = (log_sums - largest[tiles.block]).exp_()
+    sums = torch.zeros_like(largest).index_add_(0, tiles.block, weights)
+    result = query.new_zeros(*sums.shape, values.shape[-1]).index_add_(
+        0, tiles.block, parts * weights[..., None]
+    )
+    result = (result / sums[..., None])[:, :, :used].unflatten(2, (tiles.queries, -1)).transpose(1, 2)
+    return result.reshape(len(blocks), heads, -1)[tiles.places]
 
 
-def compute_attention_in_position_blocks() -> None:
+def compute_attention_in_tiles() -> None:
     """layers/attention/torch_native_backend.py: _run_sdpa_forward_extend pads the query to the whole sequence,
-    _run_sdpa_forward_decode uses one row; sliding windows and encoders stay stock."""
+    _run_sdpa_forward_decode uses one row, each record by record; sliding windows and encoders stay stock.
+    init_forward_metadata comes once per pass: its layers share the tiles."""
+    import torch
+
     name = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 
-    def run(query, output, k_cache, v_cache, req_to_token, slots, firsts, counts, scaling):
-        start = 0
-        for slot, first, count in zip(slots.tolist(), firsts.tolist(), counts, strict=True):
-            rows, tokens = slice(start, start + count), req_to_token[slot, : first + count]
-            output[rows] = attend(query[rows], k_cache, v_cache, tokens, scaling)
-            start += count
-        return output
+    def begin(original, self, forward_batch):
+        self.tiles = None
+        return original(self, forward_batch)
+
+    def run(self, query, output, k_cache, v_cache, req_to_token, slots, firsts, counts, scaling):
+        if self.tiles is None:
+            group = query.shape[1] // k_cache.shape[1]
+            self.tiles = cut(req_to_token, slots.tolist(), firsts.tolist(), counts, group)
+        queries = query.split([len(tiles.places) for tiles in self.tiles])
+        parts = zip(queries, self.tiles, strict=True)
+        return torch.cat([attend(part, k_cache, v_cache, tiles, scaling) for part, tiles in parts], out=output)
 
     def extend(original, self, *tensors, scaling=None, causal=False, encoder_lens=None, **options):
         *common, _seq_lens, prefix_lens, extend_lens, encoder_lens = (*tensors, encoder_lens)[:10]
         if not causal or encoder_lens is not None or options.get("sliding_window_size") is not None:
             return original(self, *tensors, scaling=scaling, causal=causal, **options)
-        return run(*common, prefix_lens, extend_lens.tolist(), scaling)
+        return run(self, *common, prefix_lens, extend_lens.tolist(), scaling)
 
     def decode(original, self, *tensors, scaling=None, encoder_lens=None, **options):
         *common, seq_lens, encoder_lens = (*tensors, encoder_lens)[:8]
         if encoder_lens is not None or options.get("sliding_window_size") is not None:
             return original(self, *tensors, scaling=scaling, **options)
-        return run(*common, seq_lens - 1, [1] * len(seq_lens), scaling)
+        return run(self, *common, seq_lens - 1, [1] * len(seq_lens), scaling)
 
+    hook(f"{name}.init_forward_metadata", begin, "AROUND")
     hook(f"{name}._run_sdpa_forward_extend", extend, "AROUND")
     hook(f"{name}._run_sdpa_forward_decode", decode, "AROUND")
