@@ -114,11 +114,12 @@ def tiny_qwen2(scratch, transformers) -> Path:
 @pytest.fixture(scope="session")
 def runtime(transformers):
     """Imports SGLang, whose processes are forked from here on."""
-    import engines
     import run_sglang
     import xgrammar  # noqa: F401
 
-    engines.fork_engine_processes()
+    from batch_infer.start import fork_engine_processes
+
+    fork_engine_processes()
     return run_sglang
 
 

@@ -35,6 +35,8 @@ def start(args: Arguments, chosen: EngineArgs, model: Model, records: list[Recor
     began, watch = time.monotonic(), CompileWatch()
     if args.device == "cuda":
         watch.start()
+    else:
+        fork_engine_processes()
     try:
         engine = generate.start_engine(chosen.values)
     except (ValueError, TypeError, AssertionError, KeyError) as error:
@@ -58,6 +60,16 @@ def skip_other_models(architectures: list[str]) -> None:
     needed = {name for name, text in modules.items() if architectures and pattern.search(text)}
     if needed:
         os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(sorted(modules.keys() - needed)))
+
+
+def fork_engine_processes() -> None:
+    """SGLang spawns its processes, each with 15 s of imports; from now on they are forked and share ours. Only
+    for the CPU: a forked process cannot use CUDA."""
+    import sglang.srt.managers.scheduler  # noqa: F401 (what the forked ones share)
+    from sglang.srt.entrypoints import engine
+
+    set_start_method = engine.mp.set_start_method
+    engine.mp.set_start_method = lambda method, force: set_start_method("fork", force=True)
 
 
 def warm_up(engine, records: list[Record], copies: int) -> None:

@@ -52,8 +52,6 @@ def measure(args: Arguments, inputs: preflight.Inputs, plugin: str, work: Work, 
         os.dup2(out, 2)
         os.environ.update(environment(args) | inputs.machine.compiler)
         os.environ["RUNTIME_PLUGINS"] += f",{plugin}"
-        if args.device == "cpu":
-            fork_engine_processes()
         how = order.decide(args, inputs.records)
         chosen = decide(args, inputs.machine, inputs.model, inputs.records, how)
         engine = start(args, chosen, inputs.model, []).engine
@@ -67,16 +65,6 @@ def measure(args: Arguments, inputs: preflight.Inputs, plugin: str, work: Work, 
         return json.loads(run_in_child(engine_process))
     except RuntimeError as error:
         raise UserError(f"an engine has died; see {log}") from error
-
-
-def fork_engine_processes() -> None:
-    """SGLang spawns its processes, each with 15 s of imports; from now on they are forked and share ours. Only
-    for the CPU: a forked process cannot use CUDA."""
-    import sglang.srt.managers.scheduler  # noqa: F401 (what the forked ones share)
-    from sglang.srt.entrypoints import engine
-
-    set_start_method = engine.mp.set_start_method
-    engine.mp.set_start_method = lambda method, force: set_start_method("fork", force=True)
 
 
 def forward_passes(engine) -> int:
