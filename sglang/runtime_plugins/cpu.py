@@ -1,9 +1,9 @@
 """The real SGLang Runtime on any CPU: a platform, and one named hook for each place that assumes a GPU.
 
-Exactness. The same record gives the same bits whatever runs beside it. Linear layers run on a multiple of ROWS
-rows, for which a row of MKL's product does not depend on how many there are (a test tries all); attention on
-tiles of constant shape whose place depends on the absolute position only. What is left (norms, activations,
-softmax over the vocabulary) is computed row by row. Holds with one OpenMP thread, for one torch build on one
+Exactness. The same record gives the same bits whatever runs beside it. A row of a product does not depend on how
+many rows there are, as long as these are a multiple of 16 in linear layers and of 8 in attention, whose tiles begin at
+absolute positions (tests try many numbers). What is left (norms, activations, softmax over the vocabulary) is computed
+row by row. Holds with one OpenMP thread (with two, some rows differ on AVX-512), for one torch build on one
 instruction set.
 """
 
@@ -280,9 +280,8 @@ def _tiles(req_to_token, blocks: list[tuple[int, int, int, int]], queries: int, 
     places = [i * queries + q - start for i, (_, start, low, end) in enumerate(blocks) for q in range(low, end)]
     slot, start, _, end = torch.tensor(blocks).T
     block = torch.arange(len(blocks)).repeat_interleave(start // KEYS + 1)
-    keys = torch.cat([torch.arange(0, first + 1, KEYS) for first in start.tolist()])[:, None] + torch.arange(
-        KEYS
-    )
+    keys = torch.cat([torch.arange(0, first + 1, KEYS) for first in start.tolist()])
+    keys = keys[:, None] + torch.arange(KEYS)
     rows = torch.arange(-(-queries * group // 8) * 8) // group
     hidden = keys[:, None, None, :] > start[block, None, None, None] + rows[:, None]
     mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
@@ -293,8 +292,8 @@ def _tiles(req_to_token, blocks: list[tuple[int, int, int, int]], queries: int, 
 def attend(query, k_cache, v_cache, tiles: Tiles, scaling: float):
     """Causal attention; query [new, heads, size], k_cache and v_cache [slots, kv_heads, size] -> [new, heads, size].
 
-    A product's row does not depend on how many rows there are if they are a multiple of 4 (a test tries all), so one
-    block may hold one query or QUERIES; its tiles are added up in their order."""
+    One block may hold one query or QUERIES, for a product's rows are a multiple of 8; its tiles are added up in their
+    order."""
     import torch
     from torch.nn import functional
 
