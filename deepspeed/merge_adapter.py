@@ -23,7 +23,13 @@ from workbench.models import (
     check_model_folder,
     check_tokens,
     in_one_line,
+    load_tokenizer,
     read_adapter,
+)
+
+# What a model was trained on: behind random tokens its logits are chaotic in 16 bits.
+TEXT = (
+    "\n\nHuman: Why does ice float on water?\n\nAssistant: Frozen water takes up more room, so it is lighter."
 )
 
 
@@ -81,7 +87,8 @@ def merge(adapter: Path, settings: dict, tensors: Set[str], base: Path, out: Pat
     from transformers import AutoModelForCausalLM
 
     model = load(adapter, settings, tensors, base)
-    ids = torch.arange(3, 19)[None]  # [1, 16]: any tokens
+    own = (adapter / "tokenizer.json").exists()
+    ids = load_tokenizer(adapter if own else base)(TEXT, return_tensors="pt")["input_ids"]  # [1, S]
     with torch.no_grad():
         expected = model(ids).logits.float()
         with model.disable_adapter():

@@ -124,7 +124,7 @@ def answer(run: Run, partial: PartialFile) -> report.ThisStart | None:
     pool_tokens = engine.get_server_info()["max_total_num_tokens"]
     parts = order.parts(run.order, run.todo, run.chosen.values["dp_size"], pool_tokens)
     try:
-        found = parity.check(engine, args, run.chosen.values["dtype"])
+        found = parity.check(engine, args, run.chosen.values.get("dtype"))
         base_answers = parity.without_adapter(engine, args, run.todo)
         began = time.monotonic()
         with report.progress(total, total - len(run.todo)) as on_rows:

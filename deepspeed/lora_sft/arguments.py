@@ -45,12 +45,13 @@ CHANGED_FLAGS = {
 # Values of the rehearsal where it must differ from the real job: 2 CPU ranks, and a model that they can train in a minute.
 REHEARSAL_DEFAULTS = {"device": "cpu", "data_path": str(REHEARSAL / "preferences.jsonl"), "save_steps": 10}
 OF_REAL_MODEL = {
-    "max_seq_len": 192,
-    "tokens_per_micro_batch": 192,
+    "max_seq_len": 160,
+    "tokens_per_micro_batch": 160,
     "gradient_checkpointing": False,
-    "max_steps": 30,
-    "learning_rate": 2e-3,
-    "max_eval_rows": 12,
+    "lora_dropout": 0.0,
+    "max_steps": 14,
+    "learning_rate": 3e-3,
+    "max_eval_rows": 8,
 }
 OF_TINY_MODEL = {
     "max_seq_len": 256,

@@ -26,8 +26,8 @@ class Parity:
     limit: float
 
 
-def check(engine, args: Arguments, dtype: str) -> Parity | None:
-    """Compares; None if nothing tells how it was trained. Raises UserError if the difference is above the limit."""
+def check(engine, args: Arguments, dtype: str | None) -> Parity | None:
+    """Compares, with an engine in `dtype` (None: as the weights are); None if nothing tells how it was trained. Raises UserError if the difference is above the limit."""
     path = Path(args.lora_path or args.model_path) / PARITY
     if not path.exists():
         return None
