@@ -347,6 +347,20 @@ def test_small_cards_get_graphs_that_their_pool_can_fill(memory_gib):
     assert found["cuda_graph_max_bs_decode"] <= max(8, tokens / 600 + 8)
 
 
+def test_the_engine_is_chosen_for_what_the_records_ask_for():
+    def of(*own: dict) -> dict:
+        found = [Record(i, "x", own=given, input_ids=[1] * 50) for i, given in enumerate(own)]
+        return engine_args.decide(Arguments(), H200, QWEN_7B, found, order.Order("fcfs", "")).values
+
+    plain = of({})
+    assert plain["schedule_conservativeness"] == engine_args.conservativeness(8192)
+    assert "disable_overlap_schedule" not in plain
+    assert of({"max_new_tokens": 64})["schedule_conservativeness"] == engine_args.conservativeness(64)
+    assert of({"top_p": 1}, {"top_p": 1.0})["max_running_requests"] == 256
+    assert "max_running_requests" not in of({"top_p": 1}, {"temperature": 0})  # all are drawn by top-p
+    assert of({}, {"presence_penalty": 1})["disable_overlap_schedule"] is True
+
+
 def test_a_model_that_does_not_fit_is_refused():
     with pytest.raises(
         UserError, match=r"15.8 GiB, but the weights take 14.2 .*use a larger GPU, or --tp_size 2"

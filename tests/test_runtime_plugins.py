@@ -394,6 +394,23 @@ def test_a_seeded_token_does_not_depend_on_its_batch(runtime, tmp_path):
     in_child(check, tmp_path)
 
 
+def test_a_greedy_record_among_others_gets_the_likeliest_token(runtime, tmp_path):
+    def check() -> None:
+        from batch_infer.prompts import GREEDY_DRAW
+        from runtime_plugins import seeded_top_p
+
+        seeded_top_p.BLOCK = 128
+        torch.manual_seed(0)
+        for spread in (0.001, 1.0, 30.0):
+            logits, rows = torch.randn(40, 300) * spread, torch.arange(40)
+            given = [torch.full((40,), GREEDY_DRAW[name]) for name in ("temperature", "top_p")]
+            assert torch.equal(
+                seeded_top_p.seeded_top_p(logits, *given, rows, rows).long(), logits.argmax(-1)
+            ), spread
+
+    in_child(check, tmp_path)
+
+
 @on_a_gpu
 def test_a_seeded_token_does_not_depend_on_its_batch_on_a_gpu():
     in_a_process("draw_in_parts_on_a_gpu")

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,10 +32,15 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """As `write_lines` does."""
+    write_lines(path, [text])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Writes a neighbour file and renames it: readers see the old file or the new one, on disk."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as out:
-        out.write(text)
+        out.writelines(lines)
         out.flush()
         os.fsync(out.fileno())
     temporary.replace(path)

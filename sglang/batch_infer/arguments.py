@@ -9,7 +9,7 @@ from pathlib import Path
 from workbench import UserError
 from workbench.flags import flag, path_or_hub_id, read_flags
 from workbench.models import read_object, real_model
-from workbench.rows import FILES
+from workbench.rows import FILES, text
 
 FOLDER = Path(__file__).resolve().parent.parent  # sglang/
 REHEARSAL = FOLDER.parent / "rehearsal"
@@ -48,6 +48,14 @@ WITH_JUMP_FORWARD = {
 }
 
 
+# What a record may have of its own: flags, and what only SGLang has a name for.
+NUMBER, WHOLE = ((int, float), "a number"), (int, "a whole number")
+OWN_FLAGS = {"temperature": NUMBER, "top_p": NUMBER, "max_new_tokens": WHOLE, "seed": WHOLE}
+PENALTIES = dict.fromkeys(("frequency_penalty", "presence_penalty"), NUMBER)
+OWN_PARAMS = PENALTIES | {"stop": ((str, list), "text or a list of texts")}  # names as sglang.Engine takes them
+OWN = OWN_FLAGS | OWN_PARAMS
+
+
 @dataclass(frozen=True)
 class Arguments:
     """One run. Defaults are the assignment's: Qwen2.5-7B-Instruct on the 805 AlpacaEval instructions."""
@@ -58,7 +66,7 @@ class Arguments:
     lora_path: str = flag("", "PEFT adapter folder; its tokenizer and chat template are used")
     prompts: str = flag(
         DEFAULT_PROMPTS,
-        "hub data set with alpaca_eval.json, or a file: JSON array, JSONL, or .txt with a prompt a line",
+        "hub data set with alpaca_eval.json, or a file: JSON array, JSONL, OpenAI batch lines, or .txt with a prompt a line",
     )
     output_file: str = flag(
         str(FOLDER / "outputs.jsonl"),
@@ -135,7 +143,7 @@ def parse(argv: list[str]) -> Arguments:
         given = REHEARSAL_DEFAULTS | given
         given.setdefault("output_file", str(REHEARSAL / "runs" / stamp / "outputs.jsonl"))
     args = _with_paths(Arguments(**given))
-    _check_ranges(args)
+    check_ranges(args)
     args = replace(args, engine_args=json.dumps(_checked_engine_args(args), sort_keys=True))
     if "model_path" in given:
         return args
@@ -161,7 +169,8 @@ def _with_paths(args: Arguments) -> Arguments:
     )
 
 
-def _check_ranges(args: Arguments) -> None:
+def check_ranges(args: Arguments) -> None:
+    """Raises UserError with the flag that is out of range."""
     least = {"temperature": 0, "max_new_tokens": 1, "batch_size": 0, "max_running_requests": 0}
     for name, limit in (least | {"tp_size": 1, "dp_size": 0, "seed": 0}).items():
         value = getattr(args, name)
@@ -177,6 +186,32 @@ def _check_ranges(args: Arguments) -> None:
         raise UserError(f"--policy {args.policy}: choose {', '.join(POLICIES)}")
     if args.device not in ("cuda", "cpu"):
         raise UserError(f"--device {args.device}: choose cuda or cpu")
+
+
+def own_params(given: object) -> dict:
+    """The `sampling_params` of one record, which go before the flags. Raises UserError."""
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise UserError(f"'sampling_params' must be an object, found {type(given).__name__}")
+    own = {name: value for name, value in given.items() if value is not None}
+    for name, value in own.items():
+        if name not in OWN:
+            raise UserError(f"'sampling_params' has no {name[:40]!r} for one record; it has {', '.join(OWN)}")
+        kind, what = OWN[name]
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise UserError(f"'{name}' must be {what}, found {type(value).__name__}")
+        most = 2 if name in PENALTIES else 2**64  # SGLang's own limit
+        if name != "stop" and not abs(value) <= most:
+            raise UserError(f"'{name}' must be between -{most} and {most}")
+    for stop in [own["stop"]] if isinstance(own.get("stop"), str) else own.get("stop", ()):
+        if not text({"stop": stop}, "stop"):
+            raise UserError("'stop' is empty; leave it out")
+    try:
+        check_ranges(replace(Arguments(), **{n: v for n, v in own.items() if n in OWN_FLAGS and n != "seed"}))
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--")) from error
+    return own
 
 
 def _checked_engine_args(args: Arguments) -> dict:

@@ -12,11 +12,11 @@ from pathlib import Path
 from workbench import UserError
 from workbench.machine import GIB
 
-from .arguments import Arguments
+from .arguments import PENALTIES, Arguments
 from .machine import Machine
 from .model import Model
 from .order import EXPECTED_ANSWER_TOKENS, Order
-from .prompts import Record
+from .prompts import Record, draws
 
 CLIP_TOKENS = 4096  # SGLang's own clip of what a request may still need (managers/schedule_policy.py)
 INITIAL_RATIO = 0.7  # SGLANG_INIT_NEW_TOKEN_RATIO
@@ -43,7 +43,7 @@ def decide(args: Arguments, machine: Machine, model: Model, records: list[Record
     choices = [
         ("model_path", model.folder, ""),
         *_tokenizer(args, model),
-        *_for_every_device(args, model, order),
+        *_for_every_device(args, model, records, order),
         *_reproducible(args, model, records),
         *(_cpu(args, model) if machine.device == "cpu" else _gpu(args, machine, model, records)),
         *_adapters(machine, records),
@@ -83,20 +83,23 @@ def conservativeness(max_new_tokens: int) -> float:
 # --- what is chosen -----------------------------------------------------------------------------------
 
 
-def _for_every_device(args: Arguments, model: Model, order: Order) -> list[Choice]:
+def _for_every_device(args: Arguments, model: Model, records: list[Record], order: Order) -> list[Choice]:
     context = context_tokens(args, model)
+    most = max((record.flag(args, "max_new_tokens") for record in records), default=args.max_new_tokens)
     longer = "a longer position table would take GPU memory"
-    room = f"answers of about {EXPECTED_ANSWER_TOKENS} tokens, not {args.max_new_tokens}, are kept room for"
+    room = f"answers of about {EXPECTED_ANSWER_TOKENS} tokens, not {most}, are kept room for"
     choices = [
         ("context_length", context, "the model's" if context == model.context_tokens else longer),
         ("random_seed", args.seed, "--seed"),
         ("schedule_policy", order.schedule_policy, order.reason),
-        ("schedule_conservativeness", conservativeness(args.max_new_tokens), room),
+        ("schedule_conservativeness", conservativeness(most), room),
         ("constrained_json_disable_any_whitespace", True, "JSON answers are compact"),
         ("tp_size", args.tp_size, "--tp_size"),
     ]
-    if args.jump_forward:
-        why = "--jump_forward must know a step's tokens before it plans the next"
+    # With its overlap scheduler SGLang counts tokens for the penalties a step late; bytes then depend on the batch.
+    if args.jump_forward or any(set(PENALTIES) & record.own.keys() for record in records):
+        what = "--jump_forward" if args.jump_forward else "a penalty"
+        why = f"{what} must know a step's tokens before the next is planned"
         choices.append(("disable_overlap_schedule", True, why))
     if model.dual_chunk:
         why = "dual-chunk attention would switch RadixAttention off; these prompts are far below its chunk"
@@ -163,7 +166,8 @@ def _gpu(args: Arguments, machine: Machine, model: Model, records: list[Record])
     """Raises UserError where weights and one record do not fit."""
     dp = args.dp_size or max(1, machine.gpus // args.tp_size)
     # What lean_sampler leaves to SGLang: with seeds it sorts every row and keeps fp64 copies.
-    sorts = args.reproducible and args.temperature > 0 and (args.top_k != -1 or args.top_p == 1)
+    ways = draws(records, args)
+    sorts = args.reproducible and (ways == {"all"} or (args.top_k != -1 and ways != {"greedy"}))
     limit = args.max_running_requests or (SORTED_RUNNING if sorts else 2048)
     wanted = max(1, min(limit, args.batch_size or len(records), -(-len(records) // dp)))
     # Outside the pool: CUDA context, FlashInfer's workspace (2 GiB), activations; and for each running record a CUDA

@@ -261,7 +261,7 @@ def failed(params: dict, result: dict) -> str | None:
         return None
     if error and result["meta_info"]["finish_reason"]["type"] == "length":
         return (
-            f"cut at {params['max_new_tokens']} new tokens before its {what} ended: raise --max_new_tokens (or shorten "
+            f"cut at {params['max_new_tokens']} new tokens before its {what} ended: raise max_new_tokens (or shorten "
             f"the prompt, where the context is full), or bound what may repeat ({bounds})"
         )
     return (

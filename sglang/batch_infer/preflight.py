@@ -63,7 +63,7 @@ def run(args: Arguments) -> Inputs | None:
             served = table.find("adapter", lambda: look_at_adapters(args, found_model, records))
             if constrained := next((r for r in records if r.regex or r.json_schema), None):
                 table.check("grammars", lambda: look_at_grammars(args, found_model, constrained))
-        table.check("disk", lambda: look_at_disk(args, len(records)))
+        table.check("disk", lambda: look_at_disk(args, records))
     if table.first_failure:
         raise UserError(table.first_failure)
     if args.download_only:
@@ -183,8 +183,8 @@ def look_at_grammars(args: Arguments, base: Model, record: Record) -> str:
     return f"{backend} reads the tokenizer's vocabulary as it is written"
 
 
-def look_at_disk(args: Arguments, records: int) -> str:
-    needed = records * min(args.max_new_tokens, 2048) * 12 + 2**20
+def look_at_disk(args: Arguments, records: list[Record]) -> str:
+    needed = 12 * sum(min(record.flag(args, "max_new_tokens"), 2048) for record in records) + 2**20
     return check_room(
         args.folder, "--output_file in", needed, needed, "free some, or name another --output_file"
     )

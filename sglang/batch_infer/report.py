@@ -127,7 +127,10 @@ def counts(records: list[Record], rows: dict[int, dict]) -> dict:
         if "output" in rows.get(r.index, {}):
             by_adapter.setdefault(r.lora, []).append((r.input_ids, rows[r.index]["output_ids"]))
     optimum = sum(optimum_cached_tokens([requests]) for requests in by_adapter.values())
-    truncated = [row["index"] for row in answered if row["finish_reason"] == "length"]
+    as_asked = {r.index for r in records if "max_new_tokens" in r.own}
+    truncated = [
+        row["index"] for row in answered if row["finish_reason"] == "length" and row["index"] not in as_asked
+    ]
     forced_runs = [tokens for row in answered for tokens in row.get("forced_runs", ())]
     return {
         "records": len(records),

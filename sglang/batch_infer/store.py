@@ -5,14 +5,17 @@ before the next ones are taken. It stays until every record has succeeded. `summ
 run and is written last.
 """
 
+import io
+import itertools
 import json
 import os
 import threading
 from pathlib import Path
 
 from workbench import UserError
-from workbench.files import check_identity, write_text
+from workbench.files import check_identity, write_lines
 
+from . import batch_file
 from .arguments import Arguments
 from .prompts import Record
 
@@ -45,9 +48,10 @@ def _from_summary(path: Path) -> dict:
 
 
 def _from_partial(path: Path) -> dict | None:
-    lines = path.read_text().split("\n")
+    with path.open() as file:
+        first = file.readline()
     # A run killed while it wrote its first line holds nothing yet.
-    return json.loads(lines[0])["identity"] if len(lines) > 1 else None
+    return json.loads(first)["identity"] if first.endswith("\n") else None
 
 
 def check_owner(folder: Path, identity: dict) -> None:
@@ -78,14 +82,17 @@ def count_answers(partial: Path) -> int:
     """Records that the partial file holds an answer of."""
     if not partial.exists():
         return 0
-    rows = [line for line in partial.read_bytes().split(b"\n")[1:-1] if b'"output": ' in line]
-    return len({json.loads(row)["index"] for row in rows})
+    with partial.open("rb") as lines:
+        next(lines, None)
+        rows = (line for line in lines if line.endswith(b"\n") and b'"output": ' in line)
+        return len({json.loads(row)["index"] for row in rows})
 
 
 def clear(output_file: Path) -> None:
     """Removes what a run wrote, and nothing else."""
-    for name in (LENGTHS, ALL, output_file.name, SUMMARY, PARTIAL):
-        (output_file.parent / name).unlink(missing_ok=True)
+    names = (LENGTHS, ALL, output_file.name, SUMMARY, PARTIAL)
+    for path in (*(output_file.parent / name for name in names), *batch_file.files(output_file)):
+        path.unlink(missing_ok=True)
 
 
 class PartialFile:
@@ -96,6 +103,7 @@ class PartialFile:
         """`machine`: what bytes depend on; each start adds its own if it differs from the last."""
         self.path = folder / PARTIAL
         self.rows: dict[int, dict] = {}  # index -> the row written last
+        self._same_id: dict[int, int] = {}  # one object for each token id, not for each token
         self.machines: list[dict] = []
         self._lock = threading.Lock()
         self._complete = self._read()
@@ -108,8 +116,8 @@ class PartialFile:
     def _read(self) -> int:
         """Reads the rows; returns the number of bytes that are complete lines of JSON."""
         complete = 0
-        if self.path.exists():
-            for line in self.path.read_bytes().splitlines(keepends=True):
+        with self.path.open("rb") if self.path.exists() else io.BytesIO() as lines:
+            for line in lines:
                 try:
                     row = json.loads(line)
                 except ValueError:
@@ -118,7 +126,7 @@ class PartialFile:
                     break
                 complete += len(line)
                 if "index" in row:
-                    self.rows[row["index"]] = row
+                    self._keep(row)
                 elif "machine" in row:
                     self.machines.append(row["machine"])
         return complete
@@ -136,14 +144,19 @@ class PartialFile:
                 self._write(self._pending)
                 self._pending = []
             for row in rows:
-                self.rows[row["index"]] = row
+                self._keep(row)
+
+    def _keep(self, row: dict) -> None:
+        if ids := row.get("output_ids"):
+            row = row | {"output_ids": list(map(self._same_id.setdefault, ids, ids))}
+        self.rows[row["index"]] = row
 
     def _write(self, rows: list[dict]) -> None:
         if self._out is None:
             self._out = self.path.open("r+b" if self.path.exists() else "wb")
             self._out.truncate(self._complete)  # the last line of a killed run may be cut
             self._out.seek(self._complete)
-        self._out.write("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode())
+        self._out.writelines(json.dumps(row, sort_keys=True).encode() + b"\n" for row in rows)
         self._out.flush()
         os.fsync(self._out.fileno())
         self._complete = self._out.tell()
@@ -181,20 +194,24 @@ def failure_row(record: Record, reason: str) -> dict:
 
 
 def export(output_file: Path, records: list[Record], rows: dict[int, dict], generator: str) -> None:
-    """Writes `output_file` (every 10th record, the starter's keys in its order) and outputs_all.json
-    (AlpacaEval's array). A record without an answer keeps its place with an empty output."""
-    outputs = [rows.get(record.index, {}).get("output", "") for record in records]
-    pairs = list(zip(records, outputs, strict=True))
-    lines = [
-        json.dumps({"output": output, "instruction": record.instruction}) + "\n"
-        for record, output in pairs[::EVERY]
-    ]
-    write_text(output_file, "".join(lines))
-    array = [
-        {"instruction": record.instruction, "output": output, "generator": generator}
-        for record, output in pairs
-    ]
-    write_text(output_file.parent / ALL, json.dumps(array, indent=1) + "\n")
+    """Writes `output_file` (every 10th record, the starter's keys in its order), outputs_all.json (AlpacaEval's array)
+    and for a batch file its two files. A record without an answer keeps its place with an empty output."""
+    pairs = [(record.instruction, rows.get(record.index, {}).get("output", "")) for record in records]
+    lines = (
+        json.dumps({"output": output, "instruction": instruction}) + "\n"
+        for instruction, output in pairs[::EVERY]
+    )
+    write_lines(output_file, lines)
+    # json.dumps(array, indent=1), an element at a time: all answers would be held a second and a third time.
+    elements = (
+        ("," if i else "[")
+        + json.dumps([{"instruction": instruction, "output": output, "generator": generator}], indent=1)[1:-2]
+        for i, (instruction, output) in enumerate(pairs)
+    )
+    write_lines(output_file.parent / ALL, itertools.chain(elements, ["\n]\n"]))
+    if any(record.custom_id for record in records):
+        answered = [(record.custom_id, record.raw, rows.get(record.index, {})) for record in records]
+        batch_file.write(output_file, answered, generator)
 
 
 def open_run(args: Arguments, records: list[Record], made_on: dict) -> tuple[PartialFile, list[Record]]:
