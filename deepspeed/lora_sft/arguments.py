@@ -49,9 +49,9 @@ OF_REAL_MODEL = {
     "tokens_per_micro_batch": 160,
     "gradient_checkpointing": False,
     "lora_dropout": 0.0,
-    "max_steps": 14,
+    "max_steps": 10,
     "learning_rate": 3e-3,
-    "max_eval_rows": 8,
+    "max_eval_rows": 4,
 }
 OF_TINY_MODEL = {
     "max_seq_len": 256,

@@ -31,7 +31,9 @@ def load_model(args: Arguments, plan: Plan, tokenizer: PreTrainedTokenizerBase) 
     # What the adapter's file will name as its base.
     model.peft_config["default"].revision = plan.model_revision
     model.peft_config["default"].base_model_name_or_path = args.model_name_or_path
-    if not args.gradient_checkpointing:  # with it Trainer does this: else ZeRO-3 releases the first layer before its turn
+    if (
+        not args.gradient_checkpointing
+    ):  # with it Trainer does this: else ZeRO-3 releases the first layer before its turn
         model.enable_input_require_grads()
     remember_parameters(model)
     return model
