@@ -218,8 +218,9 @@ def compute_lora_in_row_blocks() -> None:
     def segments(info):
         """(rows, adapter slot, rank, scaling) of each run of rows with the same adapter."""
         start = 0
-        for slot, length in zip(info.weight_indices_cpu.tolist(), info.seg_lens_cpu.tolist(), strict=True):
-            rank = int(info.lora_ranks_cpu[slot])
+        records = zip(info.weight_indices_cpu.tolist(), info.seg_lens_cpu.tolist(), strict=True)
+        for slot, same in itertools.groupby(records, key=lambda record: record[0]):
+            length, rank = sum(length for _, length in same), int(info.lora_ranks_cpu[slot])
             if rank and length:
                 yield slice(start, start + length), slot, rank, float(info.scalings_cpu[slot])
             start += length
