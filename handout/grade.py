@@ -5,7 +5,7 @@
 A submission is a zip or a folder with finetune/ and inference/ (handout/submissions.py); PATH may be a folder of them. Points
 come in two columns. *Checked*: what the files themselves show. *Self-reported*: what the student's run says of itself;
 provisional, listed for staff, and withdrawn when the run's own files contradict each other. How many each criterion
-gives is read from the assignment's table of points, the one that staff edit. A rehearsal on the CPU is graded by the same table, with the tiny model's shapes, the shipped instructions, fp32 and host memory in place of the
+gives is read from the assignment's table of points, the one that staff edit. A rehearsal on the CPU is graded by the same table, with the rehearsal's model's shapes, the shipped instructions, fp32 and host memory in place of the
 GPU's; its points are shown apart and do not count.
 
 Writes submissions/NAME/grade.json for each submission (NAME in plain ASCII) and, for a folder, grades.csv into
@@ -54,8 +54,13 @@ MOST_S = 15 * 60
 ALL_RECORDS, EVERY = 805, check_outputs.EVERY
 DEGENERATE_SHARE = 0.1
 MEMORY_BYTES, GRADING_S = 6 * 2**30, 300
-# (layers, hidden, inner) of the models whose adapters are known.
-LLAMA_2_7B, TINY_LLAMA = (32, 4096, 11008), (4, 128, 384)
+# (hidden, inner, keys) of the models whose adapters are known, by their number of layers.
+LLAMA_2_7B = 32
+SIZES = {
+    LLAMA_2_7B: (4096, 11008, 4096),
+    30: (576, 1536, 192),
+    4: (128, 384, 128),
+}  # a rehearsal's: SmolLM2-135M, tiny
 LLAMA_2_7B_PARAMETERS = 6_738_415_616
 FETCH = f"hf download {{}} {prompts.ALPACA_EVAL} --repo-type dataset"
 PLACES = ("output_dir", "output_file", "deepspeed")  # arguments that say where, not what
@@ -174,7 +179,7 @@ class Files(Submission):
         layers, _ = attempt(lambda: layers_of(self.adapter))
         rows, _ = attempt(lambda: self.rows)
         shipped = any(row["instruction"] in self.shipped for row in rows or ())
-        return {1: device == "cpu" or layers == TINY_LLAMA[0], 2: shipped}
+        return {1: device == "cpu" or layers not in (None, LLAMA_2_7B), 2: shipped}
 
     @once
     def checked(self) -> dict:
@@ -219,8 +224,8 @@ def layers_of(tensors: dict[str, np.ndarray]) -> int:
     pairs = {(module, side) for module, _ in found.get(0, ()) for side in "AB"}
     if not pairs or found != dict.fromkeys(range(len(found)), pairs):
         raise Refused("lora_A and lora_B are not there for the same modules of every layer")
-    if len(found) not in (LLAMA_2_7B[0], TINY_LLAMA[0]):
-        raise Refused(f"{len(found)} layers; Llama-2-7B has {LLAMA_2_7B[0]}")
+    if len(found) not in SIZES:
+        raise Refused(f"{len(found)} layers; Llama-2-7B has {LLAMA_2_7B}")
     return len(found)
 
 
@@ -233,8 +238,9 @@ def adapter_keys(files: Files) -> Verdict:
 @criterion(1, CHECKED, "their shapes are those of Llama-2-7B at the rank of adapter_config.json")
 def adapter_shapes(files: Files) -> Verdict:
     rank, layers = files.adapter_config.get("r"), layers_of(files.adapter)
-    _, hidden, inner = TINY_LLAMA if layers == TINY_LLAMA[0] else LLAMA_2_7B
+    hidden, inner, keys = SIZES[layers]
     sizes = {"mlp.gate_proj": (hidden, inner), "mlp.up_proj": (hidden, inner), "mlp.down_proj": (inner, hidden)}
+    sizes |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (hidden, keys))
     for key, tensor in files.adapter.items():
         module, side = KEY.fullmatch(key).groups()[1:]
         inputs, outputs = sizes.get(module, (hidden, hidden))
@@ -310,7 +316,7 @@ def training_contradictions(files: Files) -> list[str]:
         size = sum(tensor.size for tensor in files.adapter.values())
         pairs["plan lora_parameters"] = plan["lora_parameters"], size
         pairs["lora_r"] = arguments["lora_r"], files.adapter_config.get("r")
-        pairs["on the CPU, by arguments and adapter"] = on_cpu, layers == TINY_LLAMA[0]
+        pairs["on the CPU, by arguments and adapter"] = on_cpu, layers != LLAMA_2_7B
     return differing(pairs)
 
 
@@ -341,11 +347,12 @@ def instructions(files: Files) -> Verdict:
 def answers(files: Files) -> Verdict:
     texts = [row["output"].strip() for row in files.rows]
     empty, looping = sum(not text for text in texts), sum(map(check_outputs.loops, texts))
+    costly = 0 if files.rehearsal[2] else looping  # a small model loops whoever asks it
     repeated = len(texts) - len(set(texts)) - max(0, empty - 1)
     cut = files.checked["counts"]["cut"]
     told = f"{empty} empty, {looping} looping, {repeated} repeated of {len(texts)}"
     told += f"; {cut} cut, which costs nothing" if cut else ""
-    return empty + looping + repeated <= DEGENERATE_SHARE * len(texts), told
+    return empty + costly + repeated <= DEGENERATE_SHARE * len(texts), told
 
 
 @criterion(2, REPORTED, "all 805 records are answered, in less than 15 minutes from start to end")

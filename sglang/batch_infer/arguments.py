@@ -23,6 +23,7 @@ REHEARSAL_DEFAULTS = {
     "device": "cpu",
     "prompts": str(REHEARSAL / "instructions.json"),
     "max_new_tokens": 128,
+    "max_running_requests": 32,  # half of the prompts: the others find a prefix in the radix tree
 }
 
 # Engine arguments that say how much runs at once, not what is computed: a resumed run may change them.
