@@ -3,7 +3,8 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 PYTHON ?=
-REAL_MODEL ?= yes  # no: `make rehearse` builds a tiny random model
+# no: without SmolLM2, for which make rehearse then builds a tiny random model
+REAL_MODEL ?= yes
 RUN = VENV=.venv; source ./env.sh &&
 
 .PHONY: help install install-v100 rehearse reference test submission clean

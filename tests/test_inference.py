@@ -149,7 +149,7 @@ def test_records_that_a_full_pool_puts_back_are_counted(
     run_inference, flags, uninterrupted_inference, tmp_path
 ):
     """On the CPU they are the same; on a GPU another kernel computes them the second time, and the end says so."""
-    pool = '{"max_total_tokens": 400, "schedule_conservativeness": 0.01}'
+    pool = '{"max_total_tokens": 300, "schedule_conservativeness": 0.01}'
     options = ["--max_running_requests", 16, "--engine_args", pool]
     code, text = run_inference(*flags, *options, "--output_file", tmp_path / "outputs.jsonl").wait()
     assert code == 0, text

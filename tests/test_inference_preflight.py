@@ -271,7 +271,7 @@ def make_is_needed(monkeypatch, tmp_path) -> Callable[[], bool]:
     for name in ("Makefile", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "env.sh").write_text('install_environment() { mkdir -p "$1"; touch "$1/.installed"; }\n')
-    subprocess.run(["make", "--silent", "install"], cwd=tmp_path, check=True)
+    subprocess.run(["make", "--silent", "install", "REAL_MODEL=no"], cwd=tmp_path, check=True)
     for path in tmp_path.rglob("*"):
         os.utime(path, (1, 1))  # whatever comes now is newer
     monkeypatch.setattr(preflight, "PLUGINS", plugins)
