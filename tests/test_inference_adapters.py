@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from batch_infer import parity
+from batch_infer.arguments import Arguments
 from harness import answers, fork, greedy_ids, keep_the_ids, partial_rows, summary_of
+from workbench import UserError
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +62,42 @@ def test_lora_path_takes_base_tokenizer_and_template_from_the_adapter(run_infere
         code, text = run_inference(*flags, *more, "--output_file", tmp_path / name / "outputs.jsonl").wait()
         assert code == 0, text
     assert answers(tmp_path / "narrow") == answers(tmp_path / "wide")
+    found = summary_of(tmp_path / "wide")
+    assert found["parity"]["worst_answer"] < 1e-5
+    assert found["parity"]["tokens"] > 20
+    assert [row["index"] for row in found["without_adapter"]] == [0, 1, 2]
+    assert all(row["output"] != row["with_adapter"] for row in found["without_adapter"])
     bare = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     out = ["--output_file", tmp_path / "b" / "outputs.jsonl"]
     code, text = run_inference(*flags, "--model_path", bare, *out).wait()
     assert code == 2
     assert "its tokenizer has no chat template; use --raw, or an instruct model" in text
+
+
+class Serving:
+    """An engine that gives each of two answer tokens the log-probability -1."""
+
+    def generate(self, input_ids, logprob_start_len, **_):
+        assert logprob_start_len == [1]
+        return [{"meta_info": {"input_token_logprobs": [(None, 6), (-1.0, 7), (-1.0, 8)]}} for _ in input_ids]
+
+    def flush_cache(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("dtype", "difference", "fits"), [("float32", 3e-4, 0), (None, 3e-4, 1), (None, 0.2, 0)]
+)
+def test_an_engine_that_computes_something_else_is_stopped(tmp_path, dtype, difference, fits):
+    answer = {"input_ids": [5, 6, 7, 8], "answer_start": 2, "logprobs": [-1.0, -1.0 - difference]}
+    (tmp_path / "parity.json").write_text(json.dumps({"dtype": "torch.float32", "answers": [answer]}))
+    args = Arguments(lora_path=str(tmp_path))
+    if fits:
+        assert parity.check(Serving(), args, dtype).worst_answer == pytest.approx(difference / 2)
+        return
+    with pytest.raises(UserError, match="gives an answer of the training run other probabilities"):
+        parity.check(Serving(), args, dtype)
+    assert parity.check(Serving(), Arguments(model_path=str(tmp_path / "another")), dtype) is None
 
 
 # --- other models and the server ----------------------------------------------------------------------
