@@ -32,7 +32,7 @@ endif
 	@VENV=; source ./env.sh && install_environment .venv-v100 deepspeed/requirements-v100.txt "$(PYTHON)"
 
 # Generation serves the adapter that fine-tuning has just trained.
-rehearse: .venv/.installed  ## both jobs on the CPU: tiny model, shipped data, same code paths
+rehearse: .venv/.installed  ## both jobs on the CPU: small model, shipped data, same code paths
 	@$(RUN) runs=rehearsal/runs/$$(date +%Y%m%d-%H%M%S); \
 	bash deepspeed/run_llama2_7b_lora.sh --rehearse --output_dir $$runs/finetune && \
 	python sglang/run_sglang.py --rehearse --lora_path $$runs/finetune --output_file $$runs/inference/outputs.jsonl

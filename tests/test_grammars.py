@@ -298,3 +298,22 @@ def test_an_answer_that_disobeys_is_a_failure_and_tried_again(text, end, grammar
 )
 def test_other_answers_count(text, reason, grammar):
     assert row(text, reason, **grammar)["output"] == text
+
+
+@pytest.mark.parametrize("backend", ["xgrammar", "llguidance"])
+def test_a_tokenizer_that_fits_is_read_as_it_is_written(runtime, tokenizer, tiny_qwen2, backend):
+    from transformers import AutoTokenizer
+
+    for fitting in (tokenizer, AutoTokenizer.from_pretrained(tiny_qwen2)):
+        assert grammars.misread(fitting, len(fitting), backend) is None
+
+
+def test_a_decoder_that_xgrammar_takes_for_another_kind_is_named(runtime, tiny_qwen2):
+    """As transformers converts a GGUF file: ByteFallback before ByteLevel."""
+    from tokenizers import decoders
+    from transformers import AutoTokenizer
+
+    converted = AutoTokenizer.from_pretrained(tiny_qwen2)
+    order = [decoders.ByteFallback(), decoders.Fuse(), decoders.ByteLevel()]
+    converted.backend_tokenizer.decoder = decoders.Sequence(order)
+    assert "\u0120" in grammars.misread(converted, len(converted), "xgrammar")

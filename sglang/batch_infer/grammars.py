@@ -64,9 +64,8 @@ def misread(tokenizer, vocab_size: int, backend: str) -> str | None:
         vocabulary = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size).decoded_vocab
         read = b"".join(vocabulary[i] for i in ids)
     text = read.decode(errors="replace")
-    return (
-        None if text.removeprefix(" ") == ROUND_TRIP else text
-    )  # SentencePiece puts a space before the first word
+    same = text.removeprefix(" ") == ROUND_TRIP  # SentencePiece puts a space before the first word
+    return None if same else text
 
 
 def _compile(regex: str | None, json_schema: str | None, backend: str) -> None:

@@ -27,7 +27,8 @@ class Parity:
 
 
 def check(engine, args: Arguments, dtype: str | None) -> Parity | None:
-    """Compares, with an engine in `dtype` (None: as the weights are); None if nothing tells how it was trained. Raises UserError if the difference is above the limit."""
+    """Compares, with an engine in `dtype` (None: as the weights are); None if nothing tells how it was trained. Raises
+    UserError if the difference is above the limit."""
     path = Path(args.lora_path or args.model_path) / PARITY
     if not path.exists():
         return None
@@ -37,9 +38,8 @@ def check(engine, args: Arguments, dtype: str | None) -> Parity | None:
         input_ids=[document["input_ids"] for document in documents],
         sampling_params={"max_new_tokens": 1, "temperature": 0},
         return_logprob=True,
-        logprob_start_len=[
-            document["answer_start"] - 1 for document in documents
-        ],  # its own has no log-probability
+        # The first position of what is returned has no log-probability.
+        logprob_start_len=[document["answer_start"] - 1 for document in documents],
         lora_path=[args.lora_path] * len(documents) if args.lora_path else None,
     )
     engine.flush_cache()
