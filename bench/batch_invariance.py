@@ -56,7 +56,7 @@ class Runner:
         from sglang.srt.plugins import load_plugins
         from sglang.srt.server_args import PortArgs, ServerArgs
 
-        from runtime_plugins.deterministic_radix import tile_tokens
+        from runtime_plugins.deterministic_radix import least_tokens
 
         load_plugins()
         layers = min(LAYERS, json.loads((folder / "config.json").read_text())["num_hidden_layers"])
@@ -83,7 +83,7 @@ class Runner:
         config = self.runner.model_config
         self.context_tokens = config.context_len
         # What the radix cache always leaves to compute; on the CPU any number would do.
-        self.tail = tile_tokens(config.get_num_attention_heads(1), config.get_num_kv_heads(1))
+        self.tail = least_tokens(10**6, config.get_num_attention_heads(1) // config.get_num_kv_heads(1))
         self.recorded: Outputs | None = None
         torch.manual_seed(0)
         with torch.no_grad():

@@ -274,29 +274,6 @@ def values(*given, **options) -> dict:
     return chosen(*given, **options).values
 
 
-@pytest.mark.parametrize(
-    ("config", "flags", "tokens"),
-    [
-        (HEADS, {}, 10),
-        ({"num_attention_heads": 32}, {}, 65),  # no shared KV heads
-        # KV heads are replicated: 4 queries for each
-        (HEADS | {"num_attention_heads": 32}, {"tp_size": 8}, 17),
-        (HEADS, {"engine_args": '{"attention_backend": "triton"}'}, 0),
-        (HEADS, {"device": "cpu"}, 0),
-    ],
-)
-def test_prompts_below_a_tile_are_counted(config, flags, tokens):
-    """FlashInfer's FA2DetermineCtaTileQ: from 65 packed queries on, one tile whatever runs beside."""
-    args, model = (
-        Arguments(**flags),
-        replace(QWEN_7B, config=QWEN_7B.config | {"num_key_value_heads": None} | config),
-    )
-    assert engine_args.tile_tokens(args, model) == tokens
-    if not flags:
-        why = chosen(args, model=model, lengths=(2, 64, 65)).reasons["enable_deterministic_inference"]
-        assert f"but for {1 if tokens == 10 else 2} prompts of fewer than {tokens} tokens" in why
-
-
 def test_an_adapter_runs_on_the_faster_kernels():
     assert "lora_backend" not in values(Arguments())
     with_adapter = values(Arguments(), lora="/adapter")

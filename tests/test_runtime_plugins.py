@@ -40,8 +40,8 @@ def test_nothing_happens_unless_the_cpu_was_asked_for(runtime, monkeypatch, tmp_
         deterministic_radix.register()
         lean_sampler.register()
         fused_norm.register()
-        tail = ["sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len"]
-        assert list(HookRegistry._hooks) == (tail if asked else [])
+        tiles = ["schedule_batch.Req._compute_max_prefix_len", "schedule_policy.PrefillAdder.add_one_req"]
+        assert list(HookRegistry._hooks) == [f"sglang.srt.managers.{name}" for name in tiles if asked]
         assert torch.Tensor.pin_memory is pin
         expected = [before[0], before[1] + (["flashinfer"] if asked else [])]
         assert [list(names) for names in lists] == expected
@@ -102,8 +102,8 @@ def test_only_the_asked_for_platform_starts(runtime, monkeypatch, tmp_path):
 
 
 def test_ends_of_prompts_are_computed_and_answers_end_at_their_lengths(runtime, tiny_qwen2, tmp_path):
-    """A prompt that the tree holds as a whole is computed from its last tile on (4 query heads, 2 for KV:
-    33 tokens), shorter ones as a whole; an answer ends at its length whatever the model samples."""
+    """Of a prompt that the tree holds as a whole so much is computed that it takes the tile of its length (4 query
+    heads, 2 for KV: from 9 and 33 tokens on another); an answer ends at its length whatever the model samples."""
 
     def check() -> None:
         os.environ["RUNTIME_PLUGINS"] = "cpu,deterministic_radix,answer_lengths"
@@ -115,9 +115,9 @@ def test_ends_of_prompts_are_computed_and_answers_end_at_their_lengths(runtime, 
             **{"attention_backend": "torch_native", "disable_cuda_graph": True, "log_level": "error"},
             **{"max_total_tokens": 1000, "max_running_requests": 4, "random_seed": 0},
         )
-        for length, answer_tokens in ((20, 3), (34, 5), (60, 7)):
+        for length, least, answer_tokens in ((8, 1, 2), (20, 9, 3), (34, 33, 5), (60, 33, 7)):
             prompts = [[3 + length, *range(10, 9 + length)]]
-            for cached in (0, max(0, length - 33)):
+            for cached in (0, length - least):
                 params = {"max_new_tokens": 12, "custom_params": {"answer_tokens": answer_tokens}}
                 (answer,) = engine.generate(input_ids=prompts, sampling_params=[params])
                 assert answer["meta_info"]["cached_tokens"] == cached, length
@@ -127,6 +127,23 @@ def test_ends_of_prompts_are_computed_and_answers_end_at_their_lengths(runtime, 
         assert answer["meta_info"]["completion_tokens"] > 7
 
     in_child(check, tmp_path)
+
+
+def test_only_prompts_of_one_tile_are_prefilled_together(monkeypatch):
+    """With 3 query heads for each of KV: at most 5, at most 21, and more tokens. What is cached does not count."""
+    monkeypatch.setattr(deterministic_radix, "_heads_per_kv_head", lambda: 3)
+
+    def batch(*waiting: tuple[int, int]) -> list[int]:
+        adder = SimpleNamespace(can_run_list=[])
+        for tokens, cached in waiting:
+            req = SimpleNamespace(full_untruncated_fill_ids=range(tokens), prefix_indices=range(cached))
+            add = lambda self, req, chunked, truncation_align_size: self.can_run_list.append(req)  # noqa: E731
+            deterministic_radix.one_tile_a_batch(add, adder, req, False, truncation_align_size=None)
+        return [len(req.full_untruncated_fill_ids) for req in adder.can_run_list]
+
+    assert batch((22, 0), (21, 0), (500, 0), (5, 0), (500, 479), (500, 478)) == [22, 500, 500]
+    assert batch((6, 0), (21, 0), (22, 0), (5, 0), (30, 10)) == [6, 21, 30]
+    assert batch((5, 4), (1, 0), (6, 0), (40, 35)) == [5, 1, 40]
 
 
 # --- exactness ----------------------------------------------------------------------------------------
@@ -443,18 +460,19 @@ def test_a_row_of_the_fused_norm_does_not_depend_on_its_batch():
 
 
 def attend_behind_cached_prefixes() -> None:
-    attend_behind_a_cached_prefix(28, 4)  # Qwen2.5-7B's and Llama-2-7B's heads
-    attend_behind_a_cached_prefix(32, 32)
+    for heads, kv_heads, size in ((28, 4, 128), (32, 32, 128), (9, 3, 64)):  # Qwen2.5-7B, Llama-2-7B, SmolLM2-135M
+        packed = heads // kv_heads
+        for shortest, longest in ((1, 16 // packed), (16 // packed + 1, 64 // packed), (64 // packed + 30, 700)):
+            attend_behind_a_cached_prefix(heads, kv_heads, size, torch.randint(shortest, longest + 1, (64,)).tolist())
 
 
-def attend_behind_a_cached_prefix(heads: int, kv_heads: int) -> None:
+def attend_behind_a_cached_prefix(heads: int, kv_heads: int, size: int, lengths: list[int]) -> None:
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
     torch.manual_seed(0)
-    tile = deterministic_radix.tile_tokens(heads, kv_heads)
-    lengths = torch.randint(tile + 30, 700, (64,)).tolist()
+    least = [deterministic_radix.least_tokens(n, heads // kv_heads) for n in lengths]
     starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda()
-    q, k, v = (1.5 * torch.randn(sum(lengths), n, 128, device="cuda") for n in (heads, kv_heads, kv_heads))
+    q, k, v = (1.5 * torch.randn(sum(lengths), n, size, device="cuda") for n in (heads, kv_heads, kv_heads))
     q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
     space = torch.empty(2**29, dtype=torch.uint8, device="cuda")
     wrapper = BatchPrefillWithPagedKVCacheWrapper(space, "NHD", backend="fa2")
@@ -469,7 +487,7 @@ def attend_behind_a_cached_prefix(heads: int, kv_heads: int) -> None:
         keys = torch.tensor([0, *(lengths[i] for i in prompts)]).cumsum(0).to(torch.int32).cuda()
         places = torch.cat([torch.arange(starts[i], starts[i + 1], device="cuda") for i in prompts])
         last = torch.ones(len(prompts), dtype=torch.int32, device="cuda")
-        wrapper.plan(queries, keys, places.to(torch.int32), last, heads, kv_heads, 128, 1, **options)
+        wrapper.plan(queries, keys, places.to(torch.int32), last, heads, kv_heads, size, 1, **options)
         rows = torch.cat(rows)
         return rows, wrapper.run(q[rows].contiguous(), (k.unsqueeze(1), v.unsqueeze(1)))
 
@@ -477,7 +495,7 @@ def attend_behind_a_cached_prefix(heads: int, kv_heads: int) -> None:
     _, whole = attention([0] * len(lengths), everyone)
     for cached in (0, 1, 24, 100, 10**6):  # the last: as much as a tile of queries allows
         for prompts in (everyone, everyone[3:10], [5]):
-            rows, found = attention([min(cached, n - tile) for n in lengths], prompts)
+            rows, found = attention([min(cached, n - own) for n, own in zip(lengths, least, strict=True)], prompts)
             assert torch.equal(found, whole[rows]), (heads, cached, len(prompts))
 
 

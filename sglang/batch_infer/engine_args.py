@@ -44,7 +44,7 @@ def decide(args: Arguments, machine: Machine, model: Model, records: list[Record
         ("model_path", model.folder, ""),
         *_tokenizer(args, model),
         *_for_every_device(args, model, records, order),
-        *_reproducible(args, model, records),
+        *_reproducible(args),
         *(_cpu(args, model) if machine.device == "cpu" else _gpu(args, machine, model, records)),
         *_adapters(machine, records),
         *((name, value, "--engine_args") for name, value in args.own_engine_args.items()),
@@ -112,24 +112,9 @@ def _tokenizer(args: Arguments, model: Model) -> list[Choice]:
     return [("tokenizer_path", folder, "" if folder == model.folder else "the adapter's")]
 
 
-def _reproducible(args: Arguments, model: Model, records: list[Record]) -> list[Choice]:
-    if not args.reproducible:
-        return []
-    least = tile_tokens(args, model)
-    short = sum(len(record.input_ids) < least for record in records)
-    but = f", but for {short} prompts of fewer than {least} tokens" if short else ""
-    return [("enable_deterministic_inference", True, f"the same bytes in every run{but} (--fast: without)")]
-
-
-def tile_tokens(args: Arguments, model: Model) -> int:
-    """Prompts of at least so many tokens are prefilled with one tile of FlashInfer's kernel, whatever runs
-    beside them (runtime_plugins/deterministic_radix.py); on the CPU every prompt is exact."""
-    if args.device == "cpu" or args.own_engine_args.get("attention_backend", "flashinfer") != "flashinfer":
-        return 0
-    from runtime_plugins import deterministic_radix  # preflight has said if it is not installed
-
-    heads, kv_heads = model.heads
-    return deterministic_radix.tile_tokens(heads // args.tp_size, max(1, kv_heads // args.tp_size))
+def _reproducible(args: Arguments) -> list[Choice]:
+    why = "the same bytes in every run (--fast: without)"
+    return [("enable_deterministic_inference", True, why)] if args.reproducible else []
 
 
 def _adapters(machine: Machine, records: list[Record]) -> list[Choice]:

@@ -28,12 +28,6 @@ class Model:
     weights_id: str = ""  # the revision, or a hash of the weights
 
     @property
-    def heads(self) -> tuple[int, int]:
-        """(query heads, KV heads)"""
-        heads = self.config["num_attention_heads"]
-        return heads, self.config.get("num_key_value_heads") or heads
-
-    @property
     def dual_chunk(self) -> bool:
         return bool(self.config.get("dual_chunk_attention_config"))
 
