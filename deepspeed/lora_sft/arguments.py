@@ -42,6 +42,9 @@ CHANGED_FLAGS = {
     "eval_iters": "--max_eval_rows",
 }
 
+# Fused steps of a decoder layer (lora_sft/kernels.py); Liger's are rms_norm, rope and swiglu.
+KERNELS = ("lora", "varlen", "rms_norm", "rope", "swiglu")
+
 # Values of the rehearsal where it must differ from the real job: 2 CPU ranks, and a model that they can train in a minute.
 REHEARSAL_DEFAULTS = {"device": "cpu", "data_path": str(REHEARSAL / "preferences.jsonl"), "save_steps": 10}
 OF_REAL_MODEL = {
@@ -105,6 +108,9 @@ class Arguments:
     max_grad_norm: float = flag(1.0, "gradient clipping")
     dtype: str = flag(
         "auto", "auto, fp16, bf16 or fp32; auto: bf16 from compute capability 8.0, fp16 below, fp32 on CPU"
+    )
+    kernels: str = flag(
+        "auto", f"fused steps, joined by '+': {', '.join(KERNELS)}; none, or auto: all that the GPUs can run"
     )
     device: str = flag("cuda", "cuda or cpu; the CPU is never chosen silently")
     num_gpus: int = flag(0, "ranks to start; 0: every GPU in CUDA_VISIBLE_DEVICES (2 ranks on the CPU)")
@@ -188,6 +194,11 @@ def _check_ranges(args: Arguments) -> None:
         if getattr(args, name) not in choices:
             *others, last = choices
             raise UserError(f"--{name} {getattr(args, name)}: choose {', '.join(others)} or {last}")
+    unknown = sorted(set(args.kernels.split("+")) - set(KERNELS))
+    if unknown and args.kernels not in ("auto", "none"):
+        raise UserError(
+            f"--kernels {args.kernels}: {unknown[0]!r} is none of {', '.join(KERNELS)} (joined by '+')"
+        )
 
 
 # --- the ZeRO configuration ---------------------------------------------------------------------------
