@@ -57,13 +57,19 @@ def base_parameters(config: dict) -> dict[str, int]:
 
 
 def predicted(
-    args: Arguments, world_size=2, answer_share=1.0, zero: dict = ZERO, model="Llama-2-7B", kernels=()
+    args: Arguments,
+    world_size=2,
+    answer_share=1.0,
+    zero: dict = ZERO,
+    model="Llama-2-7B",
+    kernels=(),
+    kept_layers=0,
 ) -> dict[str, float]:
     config = SHAPES[model]
     lora = [args.lora_r * side for sides in matrices(config).values() for side in sides]
     sizes = base_parameters(config), lora * config["num_hidden_layers"]
     how = {"dtype": "fp16", "world_size": world_size, "answer_share": answer_share, "kernels": kernels}
-    return memory.predict(config, *sizes, args, zero, **how)
+    return memory.predict(config, *sizes, args, zero, **how, kept_layers=kept_layers)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -238,6 +244,30 @@ def test_matrices_that_autograd_keeps_are_counted():
     assert predicted(args)["gathered layers"] == pytest.approx(6_738_415_616 * 2 / 2**30)
     assert predicted(args, kernels=("lora",))["gathered layers"] < 2  # it keeps the parameter, not the matrix
     assert predicted(Arguments())["gathered layers"] < 2
+
+
+def test_as_many_layers_as_fit_keep_their_activations():
+    """A card of 80 GB takes nearly all of 16,384 tokens, one of 16 GB none of 8,192."""
+    all_fused = ("lora", "varlen", "rms_norm", "rope", "swiglu")
+    args = replace(Arguments(), tokens_per_micro_batch=16384, lora_dropout=0.0)
+
+    def peak(kept: int) -> float:
+        return sum(predicted(args, answer_share=0.28, kernels=all_fused, kept_layers=kept).values())
+
+    kept = memory.layers_to_keep(peak, 32, 77.9)
+    assert 24 <= kept < 32
+    assert peak(kept) < 0.96 * 77.9 < peak(kept + 1)
+    assert peak(32) == pytest.approx(
+        sum(
+            predicted(
+                replace(args, gradient_checkpointing=False), answer_share=0.28, kernels=all_fused
+            ).values()
+        )
+    )
+    assert (
+        memory.layers_to_keep(lambda kept: sum(predicted(Arguments(), kept_layers=kept).values()), 32, 14.5)
+        == 0
+    )
 
 
 def test_what_does_not_fit_names_the_flag():

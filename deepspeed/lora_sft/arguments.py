@@ -95,6 +95,10 @@ class Arguments:
         True, "recompute activations in backward: less memory, a third more compute"
     )
     # End of problem 1a
+    kept_layers: int = flag(
+        -1,
+        "last decoder layers that checkpointing leaves out, so nothing is computed again; -1: as many as fit the GPU",
+    )
     max_seq_len: int = flag(1024, "tokens of a packed row; a longer prompt is cut from the left")
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
     num_train_epochs: float = flag(1.0, "passes over the training rows")
@@ -182,6 +186,8 @@ def _check_ranges(args: Arguments) -> None:
             f"--tokens_per_micro_batch {args.tokens_per_micro_batch}: must be a multiple of --max_seq_len "
             f"{args.max_seq_len}"
         )
+    if args.kept_layers < -1:
+        raise UserError(f"--kept_layers {args.kept_layers}: must be -1, 0 or more")
     if args.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {args.num_train_epochs}: must be above 0")
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed", "num_gpus"):

@@ -5,6 +5,7 @@
 """
 
 import copy
+import functools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,6 +69,8 @@ class Sizes:
     matmul_parameters: int
     lora_parameters: int
     zero_config: dict
+    kept_layers: int  # keep their activations, the last ones
+    recomputed_share: float  # of the layers
     predicted_parts_gib: dict[str, float]
     predicted_peak_gib: float
 
@@ -254,11 +257,26 @@ def look_at_lora(
         network = add_adapters(network, args)
     lora_sizes = [p.numel() for name, p in network.named_parameters() if "lora_" in name]
     zero_config = resolve(zero_config, gpus.world_size)
-    parts = memory.predict(
-        config.to_dict(), base, lora_sizes, args, zero_config["zero_optimization"], dtype=gpus.dtype,
+    predict = functools.partial(
+        memory.predict, config.to_dict(), base, lora_sizes, args, zero_config["zero_optimization"], dtype=gpus.dtype,
         world_size=gpus.world_size, answer_share=answer_share, kernels=chosen.kernels,
     )  # fmt: skip
-    sizes = Sizes(sum(base.values()), matmul, sum(lora_sizes), zero_config, parts, sum(parts.values()))
+    layers = config.num_hidden_layers
+    kept = min(args.kept_layers, layers) if args.gradient_checkpointing else layers
+    if kept < 0:  # on the CPU and where a GPU is only assumed, all are computed again
+        room_gib = min(gpus.gpu_limit_gib, gpus.gpu_free_gib - memory.CONTEXT_GIB) if gpus.gpu_free_gib else 0
+        kept = memory.layers_to_keep(lambda kept: sum(predict(kept_layers=kept).values()), layers, room_gib)
+    parts = predict(kept_layers=kept)
+    sizes = Sizes(
+        base_parameters=sum(base.values()),
+        matmul_parameters=matmul,
+        lora_parameters=sum(lora_sizes),
+        zero_config=zero_config,
+        kept_layers=kept,
+        recomputed_share=1 - kept / layers,
+        predicted_parts_gib=parts,
+        predicted_peak_gib=sum(parts.values()),
+    )
     text = f"{len(lora_sizes)} tensors, {sum(lora_sizes) / 1e6:.1f} M of {sum(base.values()) / 1e6:,.1f} M parameters train"
     return sizes, text
 
@@ -304,7 +322,8 @@ def resolve(zero_config: dict, world_size: int) -> dict:
 
 
 def look_at_gpu_memory(args: Arguments, gpus: Gpus, sizes: Sizes) -> str:
-    return memory.judge(
+    again = f"activations of {sizes.recomputed_share:.0%} of the layers are computed again; "
+    return again + memory.judge(
         args, sizes.predicted_parts_gib, world_size=gpus.world_size, limit_gib=gpus.gpu_limit_gib,
         free_gib=gpus.gpu_free_gib,
     )  # fmt: skip
