@@ -80,7 +80,7 @@ lock: .venv/.installed  ## resolve requirements.in into both locks
 	@$(RUN) uv pip compile requirements.in -o requirements.txt --python-version 3.11 \
 	    --no-annotate --no-header -q
 	@$(RUN) grep -vE '^(torch|triton|nvidia-|cuda-|setuptools|sympy)' requirements.txt > .venv/constraints.txt
-	@$(RUN) { echo torch==2.7.1; grep -vE '^(torch|sglang|flashinfer-python|cuda-toolkit|jsonschema|interegular|pytest-xdist)\b' requirements.in; } \
+	@$(RUN) { echo torch==2.7.1; grep -vE '^(torch|liger-kernel|sglang|flashinfer-python|cuda-toolkit|jsonschema|interegular|pytest-xdist)\b' requirements.in; } \
 	    | uv pip compile - -c .venv/constraints.txt -o deepspeed/requirements-v100.txt \
 	    --python-version 3.11 --no-annotate --no-header -q
 

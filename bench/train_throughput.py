@@ -18,8 +18,11 @@ rows:
     ours                  the program's defaults, fp16
     starter               its ZeRO settings: a document a row, padded to 512, 4 micro-batches a step
     replicated            weights whole on each GPU, LoRA gradients summed (DeepSpeed stage 0), without the cap
-    ours_bf16, replicated_bf16              16,384 tokens a micro-batch, without the cap, all kernels
-    ours_1gpu_nocap, ours_2gpu_nocap        the same tokens per GPU
+    ours_bf16, replicated_bf16              16,384 tokens a micro-batch, without the cap, all kernels; replicated, 24 of
+                                            32 layers keep their activations
+    plain, plain_bf16                       ours and ours_bf16 as transformers and PEFT compute a layer, and all layers
+                                            computed again in the backward pass
+    ours_1gpu_nocap, ours_2gpu_nocap        the same tokens per GPU, all layers computed again
     ROW,NAME=VALUE,...    one of these with another flag, or another key of zero3.json's zero_optimization
 
 Rates count real tokens (`real_share` of the data's positions are not padding) and use the median step after 4
@@ -58,7 +61,7 @@ from workbench.models import check_model_folder
 FOLDER = REHEARSAL / "runs" / "train_throughput"
 RESULT = REHEARSAL.parent / "bench" / "results" / "train_throughput.json"
 CAP_GIB = 14.5  # a V100 has 15.8 GiB; CUDA and NCCL take over 1
-DOCUMENTS = 1500
+DOCUMENTS, HELD_OUT = 1500, 64
 WARM_UP_MICRO_BATCHES = 4  # DeepSpeed records its prefetch trace in the first ones
 ROW_TIMEOUT_S = 240
 OBSERVED, LOG = "observed.json", "terminal.log"  # what a row leaves
@@ -84,20 +87,25 @@ class Row:
 
 
 LARGE = {"tokens_per_micro_batch": 16384}  # what cards with room can take
+PLAIN = {"kernels": "none", "kept_layers": 0}
 PADDED = {"max_seq_len": 512, "tokens_per_micro_batch": 512, "gradient_accumulation_steps": 4}
 ROWS = {
     "ours": Row(cap=True),
     "starter": Row(PADDED, zero=STARTER_ZERO, cap=True, one_document_a_row=True),
     "replicated": Row(zero=REPLICATED),
     "ours_bf16": Row(LARGE, dtype="bf16"),
-    "replicated_bf16": Row(LARGE, dtype="bf16", zero=REPLICATED),
-    "ours_1gpu_nocap": Row({"num_gpus": 1}),
-    "ours_2gpu_nocap": Row(),
+    "replicated_bf16": Row(LARGE | {"kept_layers": 24}, dtype="bf16", zero=REPLICATED),
+    "plain": Row(PLAIN, cap=True),
+    "plain_bf16": Row(LARGE | PLAIN, dtype="bf16"),
+    "ours_1gpu_nocap": Row({"num_gpus": 1, "kept_layers": 0}),
+    "ours_2gpu_nocap": Row({"kept_layers": 0}),
 }
 RATIOS = {
     "ratio_vs_starter": ("ours", "starter"),
     "ratio_vs_ceiling": ("ours", "replicated"),
-    "ratio_bf16_vs_ceiling": ("ours_bf16", "replicated_bf16"),
+    "ratio_bf16_vs_ceiling": ("ours_bf16,kept_layers=24", "replicated_bf16"),
+    "ratio_vs_plain": ("ours", "plain"),
+    "ratio_bf16_vs_plain": ("ours_bf16", "plain_bf16"),
     "scaling_1_to_2": ("ours_2gpu_nocap", "ours_1gpu_nocap"),
 }
 
@@ -184,7 +192,7 @@ def measure_row(name: str, number: int, *, given: argparse.Namespace, model: Pat
     flags = {
         **{"model_name_or_path": model, "data_path": data_path, "output_dir": folder / "output"},
         **{"deepspeed": folder / "zero.json", "device": given.device, "num_gpus": 2, "max_steps": steps},
-        **{"max_train_rows": DOCUMENTS, "max_eval_rows": 2, "save_steps": 10**6},
+        **{"max_train_rows": DOCUMENTS, "max_eval_rows": HELD_OUT, "save_steps": 10**6},
         "dtype": row.dtype,
         **({"dtype": "fp32", "tokens_per_micro_batch": 1024} if given.device == "cpu" else {}),
     } | flags
@@ -281,10 +289,16 @@ def columns(row: Row, out: Path, warm_up: int) -> dict:
         "losses": [step["loss"] for step in steps],
         "micro_batches_per_step": arguments["gradient_accumulation_steps"],
         "zero": config["resolved_zero_config"]["zero_optimization"],
-        **{name: summary[name] for name in ("skipped_updates", "peak_reserved_gib", "mfu_4n", "hfu_6n")},
+        **{
+            name: summary[name]
+            for name in ("skipped_updates", "peak_reserved_gib", "mfu_4n", "hfu_6n", "eval_loss_after")
+        },
         **(dict.fromkeys(predicted) if row.zero == REPLICATED else predicted),
         **(json.loads(observed.read_text()) if observed.exists() else {}),
-        **{name: plan[name] for name in ("dtype", "world_size", "gpu_limit_gib", "gpu_name")},
+        **{
+            name: plan[name]
+            for name in ("dtype", "world_size", "gpu_limit_gib", "gpu_name", "kernels", "kept_layers")
+        },
     }
 
 
@@ -308,7 +322,7 @@ def measure(given: argparse.Namespace, output: Path) -> dict:
     check_model_folder(model)
     data_path = Path(given.data_path or FOLDER / "documents.jsonl").absolute()
     if not given.data_path:
-        documents = draw_documents(model, DOCUMENTS + 2, given.seed)
+        documents = draw_documents(model, DOCUMENTS + HELD_OUT, given.seed)
         data_path.write_text("".join(json.dumps(row) + "\n" for row in documents), encoding="utf-8")
     try:
         sha256 = hashlib.sha256(data_path.read_bytes()).hexdigest()

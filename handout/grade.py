@@ -299,8 +299,10 @@ def training_contradictions(files: Files) -> list[str]:
     on_cpu = arguments["device"] == "cpu"
     expected = report.summarise(
         rows,
-        **{name: plan[name] for name in ("world_size", "matmul_parameters", "gpu_name", "dtype")},
-        gradient_checkpointing=bool(arguments["gradient_checkpointing"]),
+        **{
+            name: plan[name]
+            for name in ("world_size", "matmul_parameters", "gpu_name", "dtype", "recomputed_share")
+        },
     )
     for when in ("before", "after"):
         loss = summary[f"eval_loss_{when}"]  # null where it was not a number

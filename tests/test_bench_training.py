@@ -52,7 +52,7 @@ def test_rows_are_commands_of_the_program(name):
     row, flags, zero = train_throughput.row_named(name)
     args = arguments.parse(train_throughput.words(flags | {"dtype": row.dtype}))
     assert args.dtype == ("bf16" if "bf16" in name else "fp16")
-    assert row.cap == (name in ("ours", "starter"))
+    assert row.cap == (name in ("ours", "starter", "plain"))
     assert (row.zero == train_throughput.REPLICATED) == name.startswith("replicated")
     assert zero == {}
 

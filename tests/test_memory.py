@@ -57,13 +57,19 @@ def base_parameters(config: dict) -> dict[str, int]:
 
 
 def predicted(
-    args: Arguments, world_size=2, answer_share=1.0, zero: dict = ZERO, model="Llama-2-7B"
+    args: Arguments,
+    world_size=2,
+    answer_share=1.0,
+    zero: dict = ZERO,
+    model="Llama-2-7B",
+    kernels=(),
+    kept_layers=0,
 ) -> dict[str, float]:
     config = SHAPES[model]
     lora = [args.lora_r * side for sides in matrices(config).values() for side in sides]
     sizes = base_parameters(config), lora * config["num_hidden_layers"]
-    how = {"dtype": "fp16", "world_size": world_size, "answer_share": answer_share}
-    return memory.predict(config, *sizes, args, zero, **how)
+    how = {"dtype": "fp16", "world_size": world_size, "answer_share": answer_share, "kernels": kernels}
+    return memory.predict(config, *sizes, args, zero, **how, kept_layers=kept_layers)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -130,7 +136,7 @@ def test_a_small_model_with_a_large_vocabulary():
 # --- what autograd keeps ------------------------------------------------------------------------------
 
 
-def peak_of_a_step(config: dict, dropout: float, rows: int, answers: int) -> int:
+def peak_of_a_step(config: dict, dropout: float, rows: int, answers: int, fused: bool) -> int:
     """Bytes at the peak of a forward and backward pass with checkpointing, in fp16, less those of the parameters, of
     tensors without memory. Attention and dropout are a GPU's kernels: the fused one that takes packed rows' mask, and the
     one whose mask has a byte."""
@@ -139,6 +145,8 @@ def peak_of_a_step(config: dict, dropout: float, rows: int, answers: int) -> int
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lora_sft import kernels
 
     class Live(TorchDispatchMode):
         live = peak = 0
@@ -174,6 +182,8 @@ def peak_of_a_step(config: dict, dropout: float, rows: int, answers: int) -> int
         model = LlamaForCausalLM(LlamaConfig(**config, use_cache=False, attn_implementation="sdpa"))
         lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_dropout=dropout, target_modules="all-linear")
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+        if fused:
+            kernels.fuse_lora(model)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
         head = model.get_output_embeddings()
@@ -191,17 +201,18 @@ def peak_of_a_step(config: dict, dropout: float, rows: int, answers: int) -> int
     return counted.peak
 
 
+@pytest.mark.parametrize(("dropout", "fused"), [(0.05, False), (0.05, True), (0.0, True)])
 @pytest.mark.parametrize("name", SHAPES)
-def test_activations_and_logits_are_what_autograd_keeps(transformers, tmp_path, name):
+def test_activations_and_logits_are_what_autograd_keeps(transformers, tmp_path, name, dropout, fused):
     """Of three layers: the peak is in a layer with few logits, in the loss with many."""
     config = SHAPES[name] | {"num_hidden_layers": 3}
-    args = replace(Arguments(), tokens_per_micro_batch=4096)
+    args = replace(Arguments(), tokens_per_micro_batch=4096, lora_dropout=dropout)
     names = ("checkpointed inputs", "layer activations", "logits and loss")
 
     def look() -> int:
         for answer_share in (0.05, 0.9):
-            measured = peak_of_a_step(config, args.lora_dropout, 4, int(4096 * answer_share))
-            how = {"dtype": "fp16", "world_size": 1, "answer_share": answer_share}
+            measured = peak_of_a_step(config, dropout, 4, int(4096 * answer_share), fused)
+            how = {"dtype": "fp16", "world_size": 1, "answer_share": answer_share, "kernels": ("lora",) * fused}
             parts = memory.predict(config, base_parameters(config), [1], args, ZERO, **how)
             print(sum(parts[part] for part in names) / (measured / 2**30))
         return 0
@@ -231,7 +242,32 @@ def test_predicted_parts():
 def test_matrices_that_autograd_keeps_are_counted():
     args = replace(Arguments(), gradient_checkpointing=False)
     assert predicted(args)["gathered layers"] == pytest.approx(6_738_415_616 * 2 / 2**30)
+    assert predicted(args, kernels=("lora",))["gathered layers"] < 2  # it keeps the parameter, not the matrix
     assert predicted(Arguments())["gathered layers"] < 2
+
+
+def test_as_many_layers_as_fit_keep_their_activations():
+    """A card of 80 GB takes nearly all of 16,384 tokens, one of 16 GB none of 8,192."""
+    all_fused = ("lora", "varlen", "rms_norm", "rope", "swiglu")
+    args = replace(Arguments(), tokens_per_micro_batch=16384, lora_dropout=0.0)
+
+    def peak(kept: int) -> float:
+        return sum(predicted(args, answer_share=0.28, kernels=all_fused, kept_layers=kept).values())
+
+    kept = memory.layers_to_keep(peak, 32, 77.9)
+    assert 24 <= kept < 32
+    assert peak(kept) < 0.96 * 77.9 < peak(kept + 1)
+    assert peak(32) == pytest.approx(
+        sum(
+            predicted(
+                replace(args, gradient_checkpointing=False), answer_share=0.28, kernels=all_fused
+            ).values()
+        )
+    )
+    assert (
+        memory.layers_to_keep(lambda kept: sum(predicted(Arguments(), kept_layers=kept).values()), 32, 14.5)
+        == 0
+    )
 
 
 def test_what_does_not_fit_names_the_flag():

@@ -18,12 +18,14 @@ def test_1a_1b_1c_training_fits_into_two_cards_of_16_gb(transformers, tmp_path):
         from transformers import LlamaConfig
 
         from lora_sft.machine import Gpus
-        from lora_sft.preflight import FoundModel, look_at_gpu_memory, look_at_lora
+        from lora_sft.preflight import FoundModel, Kernels, look_at_gpu_memory, look_at_lora
 
         LlamaConfig().save_pretrained(tmp_path)  # its defaults are Llama-2-7B's shape
         gpus = Gpus(None, None, None, gpu_limit_gib=CARD_GIB, world_size=2, dtype="fp16", dtype_reason="V100")
         answer_share = 0.35  # of rm-static's tokens, about
-        sizes, _ = look_at_lora(args, zero_config, FoundModel(str(tmp_path), None, ""), gpus, answer_share)
+        sizes, _ = look_at_lora(
+            args, zero_config, FoundModel(str(tmp_path), None, ""), gpus, answer_share, Kernels(())
+        )
         print(look_at_gpu_memory(args, gpus, sizes))
 
     in_child(predict, tmp_path)

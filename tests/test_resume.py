@@ -271,7 +271,7 @@ def test_rates_leave_out_the_warm_up_of_every_start(starts, rate):
          "skipped_update": False}
         for steps in starts for n in range(1, steps + 1)
     ]  # fmt: skip
-    model = {"matmul_parameters": 1, "gpu_name": None, "dtype": "fp16", "gradient_checkpointing": True}
+    model = {"matmul_parameters": 1, "gpu_name": None, "dtype": "fp16", "recomputed_share": 1.0}
     summary = report.summarise(rows, world_size=2, **model)
     assert summary["tokens_per_s_per_gpu"] == rate
     assert summary["steps"] == len(rows)

@@ -42,6 +42,9 @@ CHANGED_FLAGS = {
     "eval_iters": "--max_eval_rows",
 }
 
+# Fused steps of a decoder layer (lora_sft/kernels.py); Liger's are rms_norm, rope and swiglu.
+KERNELS = ("lora", "varlen", "rms_norm", "rope", "swiglu")
+
 # Values of the rehearsal where it must differ from the real job: 2 CPU ranks, and a model that they can train in a minute.
 REHEARSAL_DEFAULTS = {"device": "cpu", "data_path": str(REHEARSAL / "preferences.jsonl"), "save_steps": 10}
 OF_REAL_MODEL = {
@@ -92,6 +95,10 @@ class Arguments:
         True, "recompute activations in backward: less memory, a third more compute"
     )
     # End of problem 1a
+    kept_layers: int = flag(
+        -1,
+        "last decoder layers that checkpointing leaves out, so nothing is computed again; -1: as many as fit the GPU",
+    )
     max_seq_len: int = flag(1024, "tokens of a packed row; a longer prompt is cut from the left")
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
     num_train_epochs: float = flag(1.0, "passes over the training rows")
@@ -105,6 +112,9 @@ class Arguments:
     max_grad_norm: float = flag(1.0, "gradient clipping")
     dtype: str = flag(
         "auto", "auto, fp16, bf16 or fp32; auto: bf16 from compute capability 8.0, fp16 below, fp32 on CPU"
+    )
+    kernels: str = flag(
+        "auto", f"fused steps, joined by '+': {', '.join(KERNELS)}; none, or auto: all that the GPUs can run"
     )
     device: str = flag("cuda", "cuda or cpu; the CPU is never chosen silently")
     num_gpus: int = flag(0, "ranks to start; 0: every GPU in CUDA_VISIBLE_DEVICES (2 ranks on the CPU)")
@@ -176,6 +186,8 @@ def _check_ranges(args: Arguments) -> None:
             f"--tokens_per_micro_batch {args.tokens_per_micro_batch}: must be a multiple of --max_seq_len "
             f"{args.max_seq_len}"
         )
+    if args.kept_layers < -1:
+        raise UserError(f"--kept_layers {args.kept_layers}: must be -1, 0 or more")
     if args.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {args.num_train_epochs}: must be above 0")
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed", "num_gpus"):
@@ -188,6 +200,11 @@ def _check_ranges(args: Arguments) -> None:
         if getattr(args, name) not in choices:
             *others, last = choices
             raise UserError(f"--{name} {getattr(args, name)}: choose {', '.join(others)} or {last}")
+    unknown = sorted(set(args.kernels.split("+")) - set(KERNELS))
+    if unknown and args.kernels not in ("auto", "none"):
+        raise UserError(
+            f"--kernels {args.kernels}: {unknown[0]!r} is none of {', '.join(KERNELS)} (joined by '+')"
+        )
 
 
 # --- the ZeRO configuration ---------------------------------------------------------------------------

@@ -4,6 +4,8 @@ Bytes are counted from what PyTorch allocates; tests hold the parts to the tenso
 five published shapes, and their sum to what GPUs measured.
 """
 
+from collections.abc import Callable, Collection
+
 import numpy as np
 
 from workbench import UserError
@@ -17,15 +19,15 @@ CONTEXT_GIB = 1.2  # what CUDA, cuBLAS and NCCL take outside PyTorch's allocator
 BYTES_PER_LOGIT = 12
 
 
-def kept_bytes(config: dict, size: int, dropout: bool) -> int:
+def kept_bytes(config: dict, size: int, dropout: bool, kernels: Collection[str]) -> int:
     """What a decoder layer with LoRA on all its linear layers keeps of a token for its backward pass, in bytes;
     `size` is that of a number. Attention runs in a fused kernel, which repeats keys and values for every head."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
     attention = heads * (config.get("head_dim") or hidden // heads)
-    norms = 2 * 4 * hidden  # their inputs in fp32
+    norms = 2 * (size if "rms_norm" in kernels else 4) * hidden  # their inputs, in fp32 if they are not fused
     queries_keys_values_output = 4 * attention * size
-    gate_up_and_silu = 3 * inner * size
+    gate_up_and_silu = (2 if "swiglu" in kernels else 3) * inner * size
     if dropout:  # each of the seven adapters has its own copy of its input, and a mask of one byte
         adapter_inputs = (5 * hidden + attention + inner) * (size + 1)
     else:  # the query's, key's and value's are one tensor, gate's and up's another; o's is the attention's output
@@ -35,21 +37,19 @@ def kept_bytes(config: dict, size: int, dropout: bool) -> int:
 
 def gradient_bytes(config: dict, size: int) -> int:
     """Gradients of a token in flight when a layer's backward pass begins, and everything kept is still there: of the
-    layer's output, and of the input of down_proj, along the frozen matrix and along the adapter."""
+    layer's output, of the input of down_proj, and of one of the two that it is the product of."""
     return (config["hidden_size"] + 2 * config["intermediate_size"]) * size
 
 
-def gathered_parameters(base: dict[str, int], layer: float, args: Arguments, zero: dict) -> float:
+def gathered_parameters(base: dict[str, int], layer: float, args: Arguments, zero: dict, held: int) -> float:
     """How many parameters ZeRO-3 holds whole at once. `base`: sizes by name, a tied embedding once; `layer`: elements
-    of a decoder layer. Never more than the model has."""
+    of a decoder layer; `held`: layers whose matrices autograd keeps besides. Never more than the model has."""
     total = sum(base.values())
-    if not args.gradient_checkpointing and not zero.get("memory_efficient_linear", True):
-        return total  # autograd keeps every gathered matrix until its backward pass
     # A layer that has run forward is needed again when those behind it have run forward and backward, with
     # checkpointing forward once more in between: the distance counts each of them as often.
     passes = 3 if args.gradient_checkpointing else 2
     again = zero.get("stage3_max_reuse_distance", 1e9) / passes
-    layers = max(zero.get("stage3_max_live_parameters", 1e9), again, layer)
+    layers = max(zero.get("stage3_max_live_parameters", 1e9), again, layer) + held * layer
     outside = sum(size for name, size in base.items() if ".layers." not in name)  # embedding and head
     return min(layers + outside, total)
 
@@ -72,12 +72,15 @@ def predict(
     dtype: str,
     world_size: int,
     answer_share: float,
+    kernels: Collection[str],
+    kept_layers: int = 0,
 ) -> dict[str, float]:
     """Parts of the peak of one GPU in GiB. Without the last, the slack, they add up to the peak that PyTorch
     allocates; what it reserves depends on how much there is: with little it gives back what waits for reuse.
 
     `config`: the model's; `base`, `lora_sizes`: elements of its tensors; `zero`: zero_optimization of the JSON;
-    `answer_share`: the share of a micro-batch's positions that have logits.
+    `answer_share`: the share of a micro-batch's positions that have logits; `kernels`: the chosen ones;
+    `kept_layers`: the last layers, which keep their activations under checkpointing; without it all do.
     """
     size = 4 if dtype == "fp32" else 2
     tokens, layers = args.tokens_per_micro_batch, config["num_hidden_layers"]
@@ -88,24 +91,23 @@ def predict(
     bucket = zero.get("reduce_bucket_size", 5e8)  # allocated whole, however few train
     if not zero.get("contiguous_gradients", True):
         bucket = min(bucket, lora_total)
-    at_once = 1 if args.gradient_checkpointing else layers
-    activations = tokens * (
-        at_once * kept_bytes(config, size, args.lora_dropout > 0) + gradient_bytes(config, size)
-    )
+    kept_layers = kept_layers if args.gradient_checkpointing else layers
+    kept = max(1, kept_layers) * kept_bytes(config, size, args.lora_dropout > 0, kernels)
+    activations = tokens * (kept + gradient_bytes(config, size))
+    fused = (
+        "lora" in kernels and args.lora_target_modules == "all-linear"
+    )  # keeps the parameter, not the matrix
+    held = 0 if fused or zero.get("memory_efficient_linear", True) else kept_layers
     logits = tokens * answer_share * config["vocab_size"] * BYTES_PER_LOGIT
-    if (
-        args.gradient_checkpointing
-    ):  # gone before a layer is computed again: only what they take beyond it counts
+    if not kept_layers:  # gone before a layer is computed again: only what they take beyond it counts
         logits = max(0, logits - activations)
     parts = {
         "weight shard": base_total * size / world_size,
         # Weights, then a gradient and in fp32 the master weights, two moments and a gradient.
         "LoRA states": lora_resident * size + lora_total / world_size * (size + 16),
-        "gathered layers": gathered_parameters(base, layer, args, zero) * size if world_size > 1 else 0,
+        "gathered layers": gathered_parameters(base, layer, args, zero, held) * size if world_size > 1 else 0,
         "reduce bucket": bucket * size,
-        "checkpointed inputs": tokens * layers * config["hidden_size"] * size
-        if args.gradient_checkpointing
-        else 0,
+        "checkpointed inputs": tokens * (layers - kept_layers) * config["hidden_size"] * size,
         "layer activations": activations,
         "logits and loss": logits,
     }
@@ -113,6 +115,13 @@ def predict(
     two_streams = world_size > 1 and zero.get("overlap_comm", True)
     parts["allocator slack"] = (0.15 if two_streams else 0.05) * sum(parts.values())
     return {name: value / GIB for name, value in parts.items()}
+
+
+def layers_to_keep(predicted_gib: Callable[[int], float], layers: int, room_gib: float) -> int:
+    """How many layers may keep their activations where `predicted_gib` of so many is the peak: 4 % stay free, because a
+    prediction is right within 2 %, and other processes come and go."""
+    fitting = (kept for kept in range(layers, 0, -1) if predicted_gib(kept) <= 0.96 * room_gib)
+    return next(fitting, 0)
 
 
 def judge(

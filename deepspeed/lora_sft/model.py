@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from . import kernels
 from .arguments import Arguments
 from .data import IGNORE, Packed
 from .preflight import Plan
@@ -22,7 +23,7 @@ def load_model(args: Arguments, plan: Plan, tokenizer: PreTrainedTokenizerBase) 
     """The base, partitioned over the ranks while it loads, and LoRA on top. Trainer's arguments must exist already:
     they hold the ZeRO configuration, which transformers looks up here (`zero.Init`)."""
     model = AutoModelForCausalLM.from_pretrained(
-        plan.model_folder, dtype=DTYPES[plan.dtype], attn_implementation="sdpa"
+        plan.model_folder, dtype=DTYPES[plan.dtype], attn_implementation=kernels.attention(plan.kernels)
     )
     model.config.use_cache = False  # with a cache, packed documents would see each other
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -35,6 +36,8 @@ def load_model(args: Arguments, plan: Plan, tokenizer: PreTrainedTokenizerBase) 
         not args.gradient_checkpointing
     ):  # with it Trainer does this: else ZeRO-3 releases the first layer before its turn
         model.enable_input_require_grads()
+    if "lora" in plan.kernels:
+        kernels.fuse_lora(model)
     remember_parameters(model)
     return model
 

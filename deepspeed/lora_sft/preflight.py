@@ -5,6 +5,7 @@
 """
 
 import copy
+import functools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +40,11 @@ class FoundModel:
 
 
 @dataclass(frozen=True)
+class Kernels:
+    kernels: tuple[str, ...]  # of arguments.KERNELS
+
+
+@dataclass(frozen=True)
 class DataHashes:
     """Of the rows that are trained and evaluated on, in this order."""
 
@@ -63,12 +69,14 @@ class Sizes:
     matmul_parameters: int
     lora_parameters: int
     zero_config: dict
+    kept_layers: int  # keep their activations, the last ones
+    recomputed_share: float  # of the layers
     predicted_parts_gib: dict[str, float]
     predicted_peak_gib: float
 
 
 @dataclass(frozen=True)
-class Plan(Gpus, FoundModel, DataHashes, Packing, Sizes):
+class Plan(Gpus, FoundModel, Kernels, DataHashes, Packing, Sizes):
     """All that the ranks need to know, and run_config.json keeps."""
 
     versions: dict[str, str]
@@ -91,12 +99,16 @@ def run(args: Arguments, zero_config: dict, work_dir: Path) -> int:
         table.row("PASS", "precision", f"{gpus.dtype}: {gpus.dtype_reason}")
     model = table.find("model", lambda: look_at_model(args))
     found = table.find("data", lambda: look_at_data(args))
-    packing = sizes = None
-    if gpus and model and found:
+    chosen = packing = sizes = None
+    if gpus and model:
+        chosen = table.find("kernels", lambda: look_at_kernels(args, zero_config, model, gpus))
+    if chosen and found:
         to_train, held_out, hashes = found
         packing = table.find("tokens", lambda: pack_rows(args, model, gpus, to_train, held_out, work_dir))
     if packing:
-        sizes = table.find("LoRA", lambda: look_at_lora(args, zero_config, model, gpus, packing.answer_share))
+        sizes = table.find(
+            "LoRA", lambda: look_at_lora(args, zero_config, model, gpus, packing.answer_share, chosen)
+        )
     elif not args.download_only:
         table.row("SKIP", "the rest", "needs what failed above")
     if sizes:
@@ -108,7 +120,7 @@ def run(args: Arguments, zero_config: dict, work_dir: Path) -> int:
     if table.first_failure:
         raise UserError(table.first_failure)
     if sizes:
-        parts = (gpus, model, hashes, packing, sizes)
+        parts = (gpus, model, chosen, hashes, packing, sizes)
         plan = Plan(**{name: value for part in parts for name, value in vars(part).items()}, versions=installed)
         write_json(work_dir / PLAN, asdict(plan))
     return 0
@@ -147,6 +159,13 @@ def look_at_model(args: Arguments) -> tuple[FoundModel, str]:
     folder, revision, found = find_model(args.model_name_or_path, "--model_name_or_path", PROGRAM)
     check_config(folder)
     return FoundModel(str(folder), revision, revision or weights_fingerprint(folder)), found
+
+
+def look_at_kernels(args: Arguments, zero_config: dict, model: FoundModel, gpus: Gpus) -> tuple[Kernels, str]:
+    from . import kernels
+
+    chosen, why = kernels.choose(args, gpus, Path(model.model_folder), zero_config)
+    return Kernels(chosen), f"{', '.join(chosen) or 'none'}: {why}"
 
 
 def look_at_data(args: Arguments) -> tuple[tuple[list[dict], list[dict], DataHashes], str]:
@@ -211,7 +230,7 @@ def pack_rows(
 
 
 def look_at_lora(
-    args: Arguments, zero_config: dict, model: FoundModel, gpus: Gpus, answer_share: float
+    args: Arguments, zero_config: dict, model: FoundModel, gpus: Gpus, answer_share: float, chosen: Kernels
 ) -> tuple[Sizes, str]:
     """Builds the model without memory ("meta"), counts, and predicts the peak."""
     import torch
@@ -238,11 +257,26 @@ def look_at_lora(
         network = add_adapters(network, args)
     lora_sizes = [p.numel() for name, p in network.named_parameters() if "lora_" in name]
     zero_config = resolve(zero_config, gpus.world_size)
-    parts = memory.predict(
-        config.to_dict(), base, lora_sizes, args, zero_config["zero_optimization"], dtype=gpus.dtype,
-        world_size=gpus.world_size, answer_share=answer_share,
+    predict = functools.partial(
+        memory.predict, config.to_dict(), base, lora_sizes, args, zero_config["zero_optimization"], dtype=gpus.dtype,
+        world_size=gpus.world_size, answer_share=answer_share, kernels=chosen.kernels,
     )  # fmt: skip
-    sizes = Sizes(sum(base.values()), matmul, sum(lora_sizes), zero_config, parts, sum(parts.values()))
+    layers = config.num_hidden_layers
+    kept = min(args.kept_layers, layers) if args.gradient_checkpointing else layers
+    if kept < 0:  # on the CPU and where a GPU is only assumed, all are computed again
+        room_gib = min(gpus.gpu_limit_gib, gpus.gpu_free_gib - memory.CONTEXT_GIB) if gpus.gpu_free_gib else 0
+        kept = memory.layers_to_keep(lambda kept: sum(predict(kept_layers=kept).values()), layers, room_gib)
+    parts = predict(kept_layers=kept)
+    sizes = Sizes(
+        base_parameters=sum(base.values()),
+        matmul_parameters=matmul,
+        lora_parameters=sum(lora_sizes),
+        zero_config=zero_config,
+        kept_layers=kept,
+        recomputed_share=1 - kept / layers,
+        predicted_parts_gib=parts,
+        predicted_peak_gib=sum(parts.values()),
+    )
     text = f"{len(lora_sizes)} tensors, {sum(lora_sizes) / 1e6:.1f} M of {sum(base.values()) / 1e6:,.1f} M parameters train"
     return sizes, text
 
@@ -288,7 +322,8 @@ def resolve(zero_config: dict, world_size: int) -> dict:
 
 
 def look_at_gpu_memory(args: Arguments, gpus: Gpus, sizes: Sizes) -> str:
-    return memory.judge(
+    again = f"activations of {sizes.recomputed_share:.0%} of the layers are computed again; "
+    return again + memory.judge(
         args, sizes.predicted_parts_gib, world_size=gpus.world_size, limit_gib=gpus.gpu_limit_gib,
         free_gib=gpus.gpu_free_gib,
     )  # fmt: skip

@@ -101,13 +101,13 @@ def summarise(
     matmul_parameters: int,
     gpu_name: str | None,
     dtype: str,
-    gradient_checkpointing: bool,
+    recomputed_share: float,
 ) -> dict:
     """Totals and rates from the rows of metrics.jsonl; rates leave out the warm-up of every start.
 
     MFU counts 4N FLOPs a real token (forward and the gradient towards activations; LoRA computes no
-    gradient of the N base matrix weights), HFU 6N with full gradient checkpointing (the forward runs
-    twice). N excludes the embedding. Attention scores are left out (under 2 % at 1,024 tokens).
+    gradient of the N base matrix weights), HFU up to 6N: `recomputed_share` of the layers run forward
+    twice. N excludes the embedding. Attention scores are left out (under 2 % at 1,024 tokens).
     """
     timed = [row for row in rows if row["step_of_start"] > WARM_UP_STEPS] or rows
     seconds = sum(row["step_time_s"] for row in timed)
@@ -122,7 +122,7 @@ def summarise(
         "tokens_per_s_per_gpu": rate,
         "train_s": sum(row["step_time_s"] for row in rows),
         "mfu_4n": mfu,
-        "hfu_6n": mfu * (1.5 if gradient_checkpointing else 1) if mfu else None,
+        "hfu_6n": mfu * (1 + recomputed_share / 2) if mfu else None,
         "peak_tflops_assumed": peak,
     }
 
@@ -156,7 +156,7 @@ def finish(
         matmul_parameters=plan.matmul_parameters,
         gpu_name=plan.gpu_name,
         dtype=plan.dtype,
-        gradient_checkpointing=args.gradient_checkpointing,
+        recomputed_share=plan.recomputed_share,
     )
     summary = totals | {
         "eval_loss_before": before,

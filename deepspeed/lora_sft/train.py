@@ -16,7 +16,7 @@ from workbench import UserError
 from workbench.files import disk_full
 from workbench.processes import STOPPED
 
-from . import adapter, report, watch
+from . import adapter, kernels, report, watch
 from .arguments import Arguments
 from .data import IGNORE, Packed, set_up_tokenizer
 from .launch import StopRequest, join_ranks
@@ -98,6 +98,7 @@ def training_arguments(args: Arguments, plan: Plan, **of_device) -> TrainingArgu
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=args.device == "cuda",
+        **kernels.of_trainer(plan.kernels),
         **of_device,
     )
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from workbench import UserError
 from workbench.files import to_json, write_json
@@ -45,7 +47,7 @@ def watching(
     before = EvaluationBefore(folder, plan.dtype, evaluation)
     progress, stopped = Progress(metrics, before, plan.train["rows"]), Stop(stop)
     callbacks = [
-        SetUp(trainer, folder),
+        SetUp(trainer, folder, plan),
         before,
         metrics,
         progress,
@@ -69,8 +71,8 @@ def watching(
 class SetUp(TrainerCallback):
     """DeepSpeed's engine as this run wants it, and the proof that packed documents are apart."""
 
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
-        self.trainer, self.folder = trainer, folder
+    def __init__(self, trainer: Trainer, folder: Path, plan: Plan) -> None:
+        self.trainer, self.folder, self.plan = trainer, folder, plan
 
     def on_train_begin(self, hf_args, state, control, **_):
         engine = self.trainer.model_wrapped
@@ -78,6 +80,7 @@ class SetUp(TrainerCallback):
         if hasattr(scaler, "raise_error_at_min_scale"):
             # DeepSpeed would end the run with an exception; Overflow counts and explains instead.
             scaler.raise_error_at_min_scale = False
+        keep_activations(engine.module, self.plan.kept_layers)  # Trainer has just switched checkpointing on
         if not engine.zero_overlap_comm():
             let_host_run_ahead(engine)
         error = packing_self_test(engine, engine.module.config.vocab_size, hf_args.device)
@@ -88,6 +91,13 @@ class SetUp(TrainerCallback):
     def on_epoch_begin(self, hf_args, state, control, **_):
         if state.global_step >= state.max_steps:
             raise NothingLeft  # Trainer would look only after one more step
+
+
+def keep_activations(model: torch.nn.Module, kept: int) -> None:
+    """Switches checkpointing off in the last layers: what they keep is gone when the first are computed again."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers[len(layers) - kept :]:
+        layer.gradient_checkpointing = False
 
 
 def let_host_run_ahead(engine) -> None:
@@ -325,7 +335,9 @@ def first_nonfinite(engine: torch.nn.Module, micro_batch: dict[str, torch.Tensor
     hooks = [
         module.register_forward_hook(watch(name))
         for name, module in engine.module.named_modules()
-        if (name and not list(module.children())) or name.endswith(("self_attn", "mlp"))
+        if (name and not list(module.children()))
+        or name.endswith(("self_attn", "mlp"))
+        or isinstance(module, BaseTunerLayer)
     ]
     with torch.no_grad():
         logits_of(engine, micro_batch)
