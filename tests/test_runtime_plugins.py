@@ -460,10 +460,20 @@ def test_a_row_of_the_fused_norm_does_not_depend_on_its_batch():
 
 
 def attend_behind_cached_prefixes() -> None:
-    for heads, kv_heads, size in ((28, 4, 128), (32, 32, 128), (9, 3, 64)):  # Qwen2.5-7B, Llama-2-7B, SmolLM2-135M
+    for heads, kv_heads, size in (
+        (28, 4, 128),
+        (32, 32, 128),
+        (9, 3, 64),
+    ):  # Qwen2.5-7B, Llama-2-7B, SmolLM2-135M
         packed = heads // kv_heads
-        for shortest, longest in ((1, 16 // packed), (16 // packed + 1, 64 // packed), (64 // packed + 30, 700)):
-            attend_behind_a_cached_prefix(heads, kv_heads, size, torch.randint(shortest, longest + 1, (64,)).tolist())
+        for shortest, longest in (
+            (1, 16 // packed),
+            (16 // packed + 1, 64 // packed),
+            (64 // packed + 30, 700),
+        ):
+            attend_behind_a_cached_prefix(
+                heads, kv_heads, size, torch.randint(shortest, longest + 1, (64,)).tolist()
+            )
 
 
 def attend_behind_a_cached_prefix(heads: int, kv_heads: int, size: int, lengths: list[int]) -> None:
@@ -495,7 +505,9 @@ def attend_behind_a_cached_prefix(heads: int, kv_heads: int, size: int, lengths:
     _, whole = attention([0] * len(lengths), everyone)
     for cached in (0, 1, 24, 100, 10**6):  # the last: as much as a tile of queries allows
         for prompts in (everyone, everyone[3:10], [5]):
-            rows, found = attention([min(cached, n - own) for n, own in zip(lengths, least, strict=True)], prompts)
+            rows, found = attention(
+                [min(cached, n - own) for n, own in zip(lengths, least, strict=True)], prompts
+            )
             assert torch.equal(found, whole[rows]), (heads, cached, len(prompts))
 
 

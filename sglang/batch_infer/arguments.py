@@ -22,8 +22,7 @@ POLICIES = ("planned", "fcfs", "lpm", "dfs-weight")
 REHEARSAL_DEFAULTS = {
     "device": "cpu",
     "prompts": str(REHEARSAL / "instructions.json"),
-    "max_new_tokens": 128,
-    "max_running_requests": 32,  # half of the prompts: the others find a prefix in the radix tree
+    "max_new_tokens": 96,
 }
 
 # Engine arguments that say how much runs at once, not what is computed: a resumed run may change them.
@@ -91,7 +90,9 @@ class Arguments:
     batch_size: int = flag(0, "records in flight at once (0: all of them)")
     max_running_requests: int = flag(0, "requests the scheduler runs at once (0: chosen from the GPU)")
     tp_size: int = flag(1, "GPUs that share one copy of the model")
-    dp_size: int = flag(0, "copies of the model (0: as many as the visible GPUs allow)")
+    dp_size: int = flag(
+        0, "copies of the model (0: as many as the visible GPUs, or at most 4 CPU cores, allow)"
+    )
     engine_args: str = flag("{}", "JSON object of sglang.Engine arguments that override what is chosen here")
     device: str = flag("cuda", "cuda or cpu; the CPU is never chosen silently")
     rehearse: bool = flag(

@@ -20,6 +20,8 @@ from .prompts import Record, draws
 
 CLIP_TOKENS = 4096  # SGLang's own clip of what a request may still need (managers/schedule_policy.py)
 INITIAL_RATIO = 0.7  # SGLANG_INIT_NEW_TOKEN_RATIO
+MOST_COPIES, CPU_ROWS = 4, 16  # on the CPU; rows of a product (runtime_plugins/cpu.py)
+SMALL_BYTES = 2**27  # weights for which a second copy's start takes longer than it saves
 EXACT = "-fmad=false"  # nvcc: no fused multiply-adds
 SORTED_RUNNING, SORTED_BYTES = 256, 32  # at once, and bytes a logit, where SGLang's own seeded sampler draws
 
@@ -45,7 +47,11 @@ def decide(args: Arguments, machine: Machine, model: Model, records: list[Record
         *_tokenizer(args, model),
         *_for_every_device(args, model, records, order),
         *_reproducible(args),
-        *(_cpu(args, model) if machine.device == "cpu" else _gpu(args, machine, model, records)),
+        *(
+            _cpu(args, machine, model, records)
+            if machine.device == "cpu"
+            else _gpu(args, machine, model, records)
+        ),
         *_adapters(machine, records),
         *((name, value, "--engine_args") for name, value in args.own_engine_args.items()),
     ]
@@ -131,15 +137,27 @@ def _adapters(machine: Machine, records: list[Record]) -> list[Choice]:
     ]
 
 
-def _cpu(args: Arguments, model: Model) -> list[Choice]:
-    running, context = args.max_running_requests or 64, context_tokens(args, model)
+def _cpu(args: Arguments, machine: Machine, model: Model, records: list[Record]) -> list[Choice]:
+    copies, why = args.dp_size, "--dp_size"
+    if not copies:
+        # A copy has one thread (runtime_plugins/cpu.py), fp32 weights, and SGLang's 1.5 GiB.
+        room = int(machine.memory_gib / (2 * model.weight_bytes / GIB + 1.5))
+        small = model.weight_bytes < SMALL_BYTES
+        copies = max(1, min(MOST_COPIES, machine.cores, room, 1 if small else -(-len(records) // CPU_ROWS)))
+        why = f"a copy for each of {copies} cores" if copies > 1 else "one scheduler process"
+    half = -(-len(records) // copies // 2 // CPU_ROWS) * CPU_ROWS
+    running, context = args.max_running_requests or max(CPU_ROWS, min(64, half)), context_tokens(args, model)
     pool = 2 * context + running * min(context, 512)
     return [
         ("device", "cpu", "--rehearse" if args.rehearse else "--device cpu"),
         ("dtype", "float32", "on the CPU exact comparison is worth more than speed"),
         ("attention_backend", "torch_native", "FlashInfer's kernels need a GPU"),
-        ("dp_size", args.dp_size or 1, "--dp_size" if args.dp_size else "one scheduler process"),
-        ("max_running_requests", running, "they share each reading of the weights"),
+        ("dp_size", copies, why),
+        (
+            "max_running_requests",
+            running,
+            "they share each reading of the weights; later ones find a prefix in the tree",
+        ),
         ("max_total_tokens", pool, "KV pool: two contexts and 512 tokens for each running request"),
         ("mem_fraction_static", 0.3, "of host memory, at most"),
         ("cuda_graph_backend_decode", "disabled", "no GPU"),

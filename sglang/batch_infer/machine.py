@@ -13,8 +13,10 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import psutil
+
 from workbench import UserError
-from workbench.machine import Gpu, driver_version, explain_no_cuda, visible_gpus
+from workbench.machine import GIB, Gpu, driver_version, explain_no_cuda, visible_gpus
 from workbench.processes import run_in_child
 
 from .arguments import Arguments
@@ -26,22 +28,25 @@ OLDER_DRIVER = 'ask for a node with a newer driver, or see "Older drivers" in th
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the engine runs. On the CPU only `device` is set."""
+    """Where the engine runs. On the CPU only `device`, `cores` and `memory_gib` are set."""
 
     device: str
     gpu_name: str | None = None
     gpus: int = 0  # visible ones
-    memory_gib: float = 0.0  # of the smallest that is used
+    memory_gib: float = 0.0  # of the smallest GPU that is used; of the host, what is free
     bandwidth: float = 0.0  # bytes/s, from the memory's clock and bus width
     flops: float = 0.0  # dense fp16/bf16 tensor FLOP/s, from multiprocessors and clock
     compiler: dict[str, str] = field(default_factory=dict)  # environment of the wheel's nvcc, where it is used
+    cores: int = 1
 
 
 def look(args: Arguments) -> tuple[Machine, str]:
     """The machine, and what was found. Raises UserError unless every visible GPU can run SGLang's kernels."""
     if args.device == "cpu":
         why = "--rehearse" if args.rehearse else "--device cpu"
-        return Machine("cpu"), f"not used ({why}); {len(os.sched_getaffinity(0))} CPU cores"
+        cores, free_gib = len(os.sched_getaffinity(0)), psutil.virtual_memory().available / GIB
+        found = f"not used ({why}); {cores} CPU cores, {free_gib:.1f} GiB free"
+        return Machine("cpu", memory_gib=free_gib, cores=cores), found
     gpus = ask_for_gpus()
     for index, gpu in enumerate(gpus):
         if gpu.capability < NEEDED_CAPABILITY:

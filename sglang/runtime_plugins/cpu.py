@@ -37,6 +37,7 @@ def register() -> None:
     draw_without_sorting()
     keep_stock_operators()
     keep_gpu_communicators_off()
+    wait_for_requests()
     if os.environ.get("RUNTIME_PLUGINS_ROW_BLOCKS", "1") == "1":  # a test switches it off to see what happens
         compute_linear_layers_in_row_blocks()
         compute_lora_in_row_blocks()
@@ -172,6 +173,23 @@ def keep_gpu_communicators_off() -> None:
         return original(*bound.args, **bound.kwargs)
 
     hook(target, initialise, "AROUND")
+
+
+def wait_for_requests() -> None:
+    """managers/data_parallel_controller.py, event_loop asks for requests without pause: with a copy of the model for
+    each core it would take a quarter of their time."""
+    target = "sglang.srt.managers.data_parallel_controller.DataParallelController.event_loop"
+    check_target(target, needs="self.recv_from_tokenizer, flags=zmq.NOBLOCK")
+
+    def event_loop(self) -> None:
+        from sglang.srt.managers.data_parallel_controller import sock_recv
+
+        while True:
+            self.soft_watchdog.feed()
+            if self.recv_from_tokenizer.poll(1000):
+                self._request_dispatcher(sock_recv(self.recv_from_tokenizer))
+
+    hook(target, event_loop, "REPLACE")
 
 
 # --- constant shapes ----------------------------------------------------------------------------------
