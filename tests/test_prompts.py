@@ -295,6 +295,25 @@ def test_h200_gets_the_assignments_engine():
     assert values(Arguments(tp_size=2), replace(H200, gpus=4))["dp_size"] == 2
 
 
+@pytest.mark.parametrize(
+    ("cores", "memory_gib", "parameters", "records", "flags", "copies", "running"),
+    [
+        (2, 16, 135e6, 60, {}, 2, 16),  # the rehearsal: half of a copy's records at once
+        (64, 200, 135e6, 805, {}, 4, 64),  # a login node is others', too
+        (8, 16, 135e6, 20, {}, 2, 16),  # 10 records each
+        (8, 4, 135e6, 805, {}, 1, 64),  # no memory for a second copy
+        (8, 70, 7.6e9, 805, {}, 2, 64),
+        (8, 16, 135e6, 805, {"dp_size": 1, "max_running_requests": 8}, 1, 8),
+        (8, 16, 2e6, 60, {}, 1, 32),  # the tiny model: a second start takes longer than it saves
+    ],
+)
+def test_a_copy_for_each_core(cores, memory_gib, parameters, records, flags, copies, running):
+    machine = Machine("cpu", cores=cores, memory_gib=memory_gib)
+    model = replace(QWEN_7B, weight_bytes=int(2 * parameters))
+    found = values(Arguments(device="cpu", **flags), machine, model, lengths=(50,) * records)
+    assert (found["dp_size"], found["max_running_requests"]) == (copies, running)
+
+
 def test_uuids_in_cuda_visible_devices_switch_off_what_cannot_read_them(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f6a1e0c,GPU-0b1c")
     assert values(Arguments(tp_size=2), replace(H200, gpus=2))["disable_custom_all_reduce"] is True
