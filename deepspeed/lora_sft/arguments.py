@@ -52,8 +52,8 @@ OF_REAL_MODEL = {
     "tokens_per_micro_batch": 160,
     "gradient_checkpointing": False,
     "lora_dropout": 0.0,
-    "max_steps": 14,
-    "learning_rate": 3e-3,
+    "max_steps": 10,
+    "learning_rate": 4e-3,
     "max_eval_rows": 4,
 }
 OF_TINY_MODEL = {
