@@ -14,7 +14,10 @@ help:  ## this list
 
 install-v100: .venv-v100/.installed  ## create .venv-v100, the environment for Volta GPUs
 
-install: .venv/.installed  ## create .venv from requirements.txt (done by the other targets)
+install:  ## create .venv from requirements.txt, or .venv-v100 if this machine's GPUs need it
+	@VENV=; source ./env.sh && if why=$$(needs_v100); then \
+	    echo "GPU with $$why: .venv-v100 is what training needs here"; $(MAKE) -s .venv-v100/.installed; \
+	else $(MAKE) -s .venv/.installed; fi
 
 # Every file that preflight compares with the installed ones; the list, because one that goes leaves nothing newer.
 PLUGINS := $(sort $(wildcard sglang/runtime_plugins/*.py)) sglang/runtime_plugins/pyproject.toml

@@ -78,12 +78,14 @@ def test_a_stop_is_heard_even_when_its_file_cannot_be_written(tmp_path):
     temporary, fake = tmp_path / "temporary", tmp_path / "bin" / "python"
     temporary.mkdir()
     fake.parent.mkdir()
-    fake.write_text(f"""#!/bin/sh
-[ "$1" = -c ] && exit 0
-trap 'echo heard' TERM
-rmdir {temporary}
-touch {tmp_path}/up
-while :; do sleep 0.1; done
+    fake.write_text(f"""#!{sys.executable}
+import pathlib, signal, sys, time
+if sys.argv[1] != "-c":
+    signal.signal(signal.SIGTERM, lambda *_: print("heard", flush=True))
+    pathlib.Path({str(temporary)!r}).rmdir()
+    pathlib.Path({str(tmp_path / "up")!r}).touch()
+    while True:
+        time.sleep(0.1)
 """)
     fake.chmod(0o755)
     run = launch(cwd=tmp_path, TMPDIR=str(temporary), PATH=f"{fake.parent}:/usr/bin:/bin")
@@ -119,12 +121,12 @@ def test_sockets_find_a_short_folder(monkeypatch, tmp_path):
 @pytest.fixture
 def ranks(transformers, tmp_path):
     """ranks(function) -> (exit code, output) of two ranks that call `function(rank)`."""
-    from lora_sft.launch import run_ranks
+    from lora_sft.launch import Ranks, run_ranks
 
     def run(function):
         work_dir = tmp_path / "work"
         work_dir.mkdir()
-        return fork(lambda: run_ranks(function, 2, work_dir), tmp_path / "terminal.txt").wait()
+        return fork(lambda: run_ranks(function, Ranks.alone(2), work_dir), tmp_path / "terminal.txt").wait()
 
     return run
 
@@ -179,7 +181,7 @@ def test_a_bug_prints_the_traceback_of_the_first_rank_that_fails(ranks):
 
 @pytest.mark.v100
 def test_ranks_die_with_their_parent(transformers, tmp_path):
-    from lora_sft.launch import run_ranks
+    from lora_sft.launch import Ranks, run_ranks
 
     def wait(rank: int) -> int:
         (tmp_path / f"rank{rank}").write_text(str(os.getpid()))
@@ -187,7 +189,7 @@ def test_ranks_die_with_their_parent(transformers, tmp_path):
         time.sleep(60)
         return 0
 
-    program = fork(lambda: run_ranks(wait, 2, tmp_path), tmp_path / "terminal.txt")
+    program = fork(lambda: run_ranks(wait, Ranks.alone(2), tmp_path), tmp_path / "terminal.txt")
     program.wait_for(lambda: all((tmp_path / f"rank{rank}").exists() for rank in (0, 1)))
     time.sleep(0.2)
     pids = [int((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]

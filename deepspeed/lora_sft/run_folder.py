@@ -17,6 +17,7 @@ from workbench.files import check_identity, commit, write_json
 from workbench.models import weights_fingerprint
 
 from .arguments import TINY_MODEL, Arguments
+from .cluster import SHARED
 
 if TYPE_CHECKING:
     from .preflight import Plan
@@ -69,7 +70,9 @@ def check_owner(folder: Path, identity: dict) -> None:
         ours = (*OURS, ".lock", ".disk_probe")
         names = sorted(entry.name for entry in folder.iterdir())
         foreign = [
-            n for n in names if n not in ours and not n.startswith("checkpoint-") and not n.endswith(".tmp")
+            n
+            for n in names
+            if n not in ours and not n.startswith(("checkpoint-", SHARED)) and not n.endswith(".tmp")
         ]
         if foreign:
             raise UserError(
@@ -92,7 +95,7 @@ def check_same_inputs(folder: Path, plan: "Plan") -> None:
     if stored["world_size"] != plan.world_size:
         raise UserError(
             f"--output_dir {folder}: was started on {stored['world_size']} GPUs, {plan.world_size} here; ZeRO-3 "
-            "checkpoints need the same number (or --overwrite starts anew)"
+            "checkpoints need the same number, on however many nodes (or --overwrite starts anew)"
         )
     for key, what in INPUTS.items():
         refuse_change(folder, what, stored.get(key), getattr(plan, key))

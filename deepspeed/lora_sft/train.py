@@ -18,12 +18,20 @@ from workbench.processes import STOPPED
 
 from . import adapter, report, watch
 from .arguments import Arguments
+from .cluster import LostRanks
 from .data import IGNORE, Packed, set_up_tokenizer
 from .launch import StopRequest, join_ranks
 from .model import answers_only, load_model, logits_of, to_device
 from .preflight import Plan
 
 log = logging.getLogger("lora_sft")
+
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Broken pipe",
+)  # gloo's
 
 
 def train(
@@ -187,6 +195,9 @@ def train_rank(
                 f"the disk or quota of {folder} is full; free some space and run the same command: it resumes "
                 "from the last complete checkpoint"
             ) from error
+        if isinstance(error, dist.DistError) or any(text in str(error) for text in LOST_PEER):
+            log.debug("rank %d lost another: %s", rank, error)
+            raise LostRanks from error
         log.error("rank %d failed: %s: %s", rank, type(error).__name__, error)
         raise
 
