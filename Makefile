@@ -63,7 +63,9 @@ clean:  ## remove rehearsal runs and caches (not .venv, not your outputs)
 	find deepspeed sglang rehearsal tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # Staff only
-.PHONY: test-all test-v100 lint format lock handout grade autograder
+.PHONY: test-all test-v100 test-cluster lint format lock handout grade autograder
+
+KILLS ?= 100
 
 test-all: .venv/.installed  ## the long versions too
 	@$(RUN) python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -71,8 +73,11 @@ test-all: .venv/.installed  ## the long versions too
 test-v100: .venv-v100/.installed  ## parity and resume in the environment for Volta GPUs (torch 2.7.1)
 	@VENV=.venv-v100; source ./env.sh && python -P -m pytest -m v100
 
+test-cluster: .venv/.installed  ## break runs on a real Slurm of two nodes and resume them (needs root; KILLS=100)
+	@$(RUN) python -P tests/cluster/campaign.py --kills $(KILLS)
+
 lint: .venv/.installed  ## ruff and shellcheck
-	@$(RUN) ruff check . && ruff format --check . && shellcheck -x env.sh deepspeed/*.sh tests/cluster/*.sh .ci/run handout/autograder/*
+	@$(RUN) ruff check . && ruff format --check . && shellcheck -x env.sh deepspeed/*.sh deepspeed/job.sbatch tests/cluster/*.sh .ci/run handout/autograder/*
 
 format: .venv/.installed  ## let ruff rewrite the Python files
 	@$(RUN) ruff check --fix . && ruff format .

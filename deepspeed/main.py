@@ -135,6 +135,7 @@ def set_up_environment(args: Arguments) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU was asked for: no library may find a GPU
         cores = len(os.sched_getaffinity(0))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // (args.num_gpus or 2))))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of addresses that have no names
     os.environ["DS_ACCELERATOR"] = args.device
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # counts GPUs without initialising CUDA before the fork
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

@@ -25,6 +25,10 @@ class Process:
     def text(self) -> str:
         return self.output.read_text(errors="replace")
 
+    def ended(self) -> bool:
+        """Whether `wait` would return at once."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
     def wait(self, timeout_s: float = 240) -> tuple[int, str]:
         """(exit code, output); a signal's number is negative, as in subprocess."""
         deadline = time.monotonic() + timeout_s

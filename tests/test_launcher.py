@@ -1,6 +1,7 @@
 """The bash launcher as users start it: another folder, signals to it alone, the GPUs each rank sees."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -279,6 +280,49 @@ def test_one_variable_moves_every_cache(tmp_path):
         assert moved[name].startswith(str(tmp_path / "big")), name
     assert sourced("echo $HF_HOME", LLM_STORAGE=tmp_path / "big", HF_HOME="/mine") == "/mine\n"
     assert "HF_HOME" not in sourced("env")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "why"),
+    [
+        ("7.0, 580.65.06", "compute capability 7.0"),
+        ("9.0, 580.65.06\n9.0, 570.12", "driver 570.12"),
+        ("7.5, 580.65.06", None),
+        ("No devices were found", None),
+    ],
+)
+def test_an_old_gpu_takes_its_own_environment(tmp_path, gpus, why):
+    """A copy of env.sh beside two environments, and an nvidia-smi that answers `gpus`."""
+    shutil.copy(ROOT / "env.sh", tmp_path)
+    for name in (".venv", ".venv-v100"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "bin" / "python").symlink_to("/usr/bin/true")
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{gpus}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+
+    def chosen(**env) -> str:
+        script = f"set -euo pipefail; source {tmp_path}/env.sh; use_v100_environment; command -v python"
+        env = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | env
+        return subprocess.run(
+            ["bash", "-c", script], env=env, capture_output=True, text=True, check=True
+        ).stdout
+
+    ours, old = (f"{tmp_path}/{name}/bin/python\n" for name in (".venv", ".venv-v100"))
+    assert chosen() == (f"GPU with {why}: the environment is .venv-v100\n{old}" if why else ours)
+    assert chosen(VENV=".venv") == ours
+    assert chosen(CUDA_VISIBLE_DEVICES="") == ours
+
+
+@pytest.mark.parametrize("whom", ["the script", "every process"])
+def test_a_signal_at_the_very_start_ends_with_75(tmp_path, whom):
+    """Slurm may signal before the job has begun, and signals all processes of a step."""
+    for delay_s in (0.02, 0.05, 0.1):
+        run = launch("--rehearse", "--output_dir", "out", cwd=tmp_path)
+        time.sleep(delay_s)
+        (os.kill if whom == "the script" else os.killpg)(run.pid, signal.SIGUSR1)
+        text, _ = run.communicate(timeout=60)
+        assert run.returncode == 75, text
+        assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_an_active_environment_without_deepspeed_does_not_count(tmp_path):

@@ -126,6 +126,23 @@ def test_a_folder_that_only_the_first_node_sees_is_one_line(start_nodes, tmp_pat
     assert "error" not in other_text
 
 
+def test_a_first_node_that_falls_silent_while_it_checks_ends_the_others(start_nodes, tmp_path):
+    def freeze():
+        from lora_sft import preflight
+
+        preflight.look_at_model = lambda args: os.kill(0, signal.SIGSTOP)
+
+    def be_impatient():
+        cluster.SILENCE_S = 2
+
+    first, second = start_nodes("--output_dir", tmp_path / "out", patches={0: freeze, 1: be_impatient})
+    code, text = second.wait(60)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert code == 75
+    assert text.endswith("error: node 0 does not answer any more; the same command starts again\n")
+
+
 def test_an_end_before_the_meeting_ends_all(start_nodes, adapter, tmp_path):
     for flags, expected in ((("--lora_r", "0"), 2), ((), 0)):
         first, second = start_nodes("--num_gpus", "2", *flags, "--output_dir", adapter)

@@ -5,9 +5,11 @@ start. From then on the ranks' own collectives hold the nodes together. What a n
 folder, so that another can tell the cause from what follows from it.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,8 +25,9 @@ from workbench.files import write_json
 from workbench.processes import STOPPED
 
 ARRIVAL_S = 180.0  # until the last node has imported torch
-SILENCE_S = 30.0  # node 0 answers every question within a moment, or is gone
-FAREWELL_S = 10.0  # for every node to hear how it ends, or to say how it ended
+SILENCE_S = 30  # node 0 answers every question within a moment, or is gone
+FAREWELL_S = 10.0  # for every node to hear how it ends
+CAUSE_S = 4.0  # for every node to say how it ended
 SHARED = ".start_"  # folders in --output_dir that hold a start's plan and tokens
 START = "start.json"
 LOST = 74  # exit code of ranks that lost others: what others ended with is the cause
@@ -123,7 +126,7 @@ def open_store(nodes: Nodes):
 
     patience = timedelta(seconds=ARRIVAL_S)
     try:
-        store = TCPStore(
+        return TCPStore(
             nodes.address, nodes.port, is_master=nodes.index == 0, timeout=patience, wait_for_workers=False
         )
     except RuntimeError as error:
@@ -131,8 +134,6 @@ def open_store(nodes: Nodes):
         if nodes.index == 0:
             raise UserError(f"{where} cannot be listened on; set another MASTER_PORT on all nodes") from error
         raise UserError(f"node 0 does not answer at {where}; is the program started on all nodes?") from error
-    store.set_timeout(timedelta(seconds=SILENCE_S))
-    return store
 
 
 @contextmanager
@@ -187,8 +188,7 @@ def ask(nodes: Nodes, work_dir: Path, facts: Callable[[], dict]) -> int:
 
     try:
         store = open_store(nodes)
-        while not (store.check(["shared"]) or store.check(["message"])):
-            time.sleep(0.1)
+        wait_for(store, "shared", "message")
         if store.check(["shared"]):
             shared, found = Path(store.get("shared").decode()), {"problem": None}
             try:
@@ -198,17 +198,25 @@ def ask(nodes: Nodes, work_dir: Path, facts: Callable[[], dict]) -> int:
             except UserError as error:
                 found["problem"] = str(error)
             store.set(f"facts-{nodes.index}", json.dumps(found | {"name": nodes.here()}))
-        while not store.check(["message"]):
-            time.sleep(0.2)
+        wait_for(store, "message")
         message = json.loads(store.get("message"))
         store.add("left", 1)
     except torch.distributed.DistError as error:
-        print(f"error: {nodes.here()}: node 0 is gone ({str(error).splitlines()[0]}); same command again")
+        why = str(error).splitlines()[0]
+        print(f"error: {nodes.here()}: node 0 is gone ({why}); the same command starts again", file=sys.stderr)
         return STOPPED
     if "end" in message:
         return message["end"]
     Start(**message).save(work_dir)
     return 0
+
+
+def wait_for(store, *keys: str) -> None:
+    """Until one of them is set. TCPStore waits for ever for a server that is silent: SIGALRM ends this process then."""
+    while not any(store.check([key]) for key in keys):
+        signal.alarm(SILENCE_S)
+        time.sleep(0.2)
+    signal.alarm(0)
 
 
 # --- after the ranks ----------------------------------------------------------------------------------
@@ -221,14 +229,14 @@ def explain_end(nodes: Nodes, start: Start, code: int, cause: str, checkpoint: P
         return code
     shared = Path(start.shared)
     resume = f"last complete checkpoint: {checkpoint or 'none yet'}; the same command goes on from there"
-    if nodes.count > 1:
+    with contextlib.suppress(OSError):  # a full disk may be what ended it
         write_json(shared / f"ended-{nodes.index}", {"name": nodes.here(), "code": code, "cause": cause})
     if code != LOST:
         print(resume, file=sys.stderr)
         return code
-    deadline = time.monotonic() + FAREWELL_S
+    deadline = time.monotonic() + CAUSE_S
     ended: dict[int, dict] = {}
-    while nodes.count > 1 and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
         ended = {
             int(path.name.split("-")[1]): json.loads(path.read_text()) for path in shared.glob("ended-*[0-9]")
         }
@@ -242,7 +250,7 @@ def explain_end(nodes: Nodes, start: Start, code: int, cause: str, checkpoint: P
     elif silent:
         text, code = f"no answer from {', '.join(silent)} any more", STOPPED
     else:
-        text, code = "the network between the nodes failed", STOPPED
+        text, code = f"the connections between the {'nodes' if nodes.count > 1 else 'ranks'} failed", STOPPED
     if nodes.index == min((index for index, end in ended.items() if end["code"] == LOST), default=nodes.index):
         print(f"error: {text}; {resume}", file=sys.stderr)
     return code

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from workbench import UserError
@@ -130,18 +131,18 @@ def _run(function: Callable[[int], int], ranks: Ranks, work_dir: Path, stop: Sto
                 return STOPPED
         return 0
     except (ProcessExitedException, ProcessRaisedException) as error:
+        who = "the preflight" if stop is not None else f"rank {ranks.first + error.error_index}"
         if messages := dict.fromkeys(path.read_text() for path in sorted(work_dir.glob("error-*"))):
             code, cause = 2, "\nerror: ".join(messages)
         elif isinstance(error, ProcessRaisedException):
             print(error.msg, file=sys.stderr)
-            code, cause = (
-                1,
-                f"rank {ranks.first + error.error_index} failed: {error.msg.strip().splitlines()[-1]}",
-            )
+            code, cause = 1, f"{who} failed: {error.msg.strip().splitlines()[-1]}"
         elif error.signal_name == "SIGABRT" and ranks.node:
             return LOST  # NCCL's watchdog, after --ddp_timeout_s
+        elif error.signal_name == "SIGALRM":
+            code, cause = STOPPED, "node 0 does not answer any more; the same command starts again"
         elif error.signal_name:
-            code, cause = 1, f"rank {ranks.first + error.error_index} was killed by {error.signal_name}"
+            code, cause = 1, f"{who} was killed by {error.signal_name}"
         else:
             return error.exit_code
         print(f"error: {ranks.node and f'{ranks.node}: '}{cause}", file=sys.stderr)
@@ -155,14 +156,14 @@ def cause(work_dir: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def join_ranks(device: str) -> dict:
-    """Joins DeepSpeed's process group, as a rank; returns the extra TrainingArguments that the device needs.
+def join_ranks(device: str, timeout_s: int) -> dict:
+    """Joins DeepSpeed's process group, as a rank; returns the extra TrainingArguments that the device needs. A rank that
+    does not come within `timeout_s` is lost; while the model loads, DeepSpeed's 600 s hold.
 
     On CPU, Trainer's own detection would not start DeepSpeed's communication (it reports MULTI_CPU), so the
     state is configured first. DeepSpeed's shared-memory op serves inference only; declaring it incompatible
     avoids a compiler run at start and a lock file that a killed run would leave.
     """
-    import deepspeed
     import torch
 
     if device == "cuda":
@@ -173,16 +174,24 @@ def join_ranks(device: str) -> dict:
         if torch.__version__ < "2.8":  # the V100's; later ones do it unasked
             # Otherwise a gathered layer waits for NCCL's stream before its memory can be used again.
             os.environ["TORCH_NCCL_AVOID_RECORD_STREAMS"] = "1"
-        deepspeed.init_distributed()
+        join(timeout_s)
         return {}
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
     from deepspeed import ops
 
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
+    join(timeout_s)
     PartialState(cpu=True).distributed_type = DistributedType.DEEPSPEED
     return {"use_cpu": True, "accelerator_config": {"use_configured_state": True}}
+
+
+def join(timeout_s: int) -> None:
+    import deepspeed
+    import torch
+
+    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s))
+    torch.distributed.distributed_c10d._set_pg_timeout(deepspeed.constants.default_pg_timeout)
 
 
 def share_cores(ranks: int) -> None:

@@ -132,6 +132,8 @@ def open_run(folder: Path, args: Arguments, zero_config: dict, plan: "Plan") -> 
     config = {"identity": args.identity(zero_config), "arguments": asdict(args), "plan": asdict(plan)}
     write_json(folder / CONFIG, config | {"commit": commit()})
     complete = complete_checkpoints(folder)
+    while complete and (problem := damage(complete[-1])):
+        print(f"warning: {complete.pop()} is damaged ({problem}) and goes; the one before counts", flush=True)
     forget_after(folder, complete)
     if not complete:
         (folder / EVAL_BEFORE).unlink(missing_ok=True)
@@ -165,6 +167,15 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted((marker.parent for marker in folder.glob(f"checkpoint-*/{MARKER}")), key=step_of)
 
 
+def damage(checkpoint: Path) -> str | None:
+    """The first file that has not the size that the marker says."""
+    for name, size in json.loads((checkpoint / MARKER).read_text()).get("bytes", {}).items():
+        found = (checkpoint / name).stat().st_size if (checkpoint / name).exists() else 0
+        if found != size:
+            return f"{name}: {found} of {size} bytes"
+    return None
+
+
 def forget_after(folder: Path, complete: list[Path]) -> None:
     """Removes half-written checkpoints, and metrics rows after the newest of the `complete` ones."""
     for path in set(folder.glob("checkpoint-*")) - set(complete):
@@ -187,11 +198,13 @@ def _step_in(line: str) -> float:
 
 def mark_complete(checkpoint: Path, keep: int) -> None:
     """Flushes the checkpoint to disk, writes its marker, then deletes all but the newest `keep`."""
+    sizes = {}
     for path in checkpoint.rglob("*"):
         if path.is_file():
             with path.open("rb") as stored:
                 os.fsync(stored.fileno())
-    write_json(checkpoint / MARKER, {"step": step_of(checkpoint)})
+            sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
+    write_json(checkpoint / MARKER, {"step": step_of(checkpoint), "bytes": sizes})
     for old in complete_checkpoints(checkpoint.parent)[:-keep]:
         (old / MARKER).unlink()
         shutil.rmtree(old)

@@ -39,7 +39,7 @@ def train(
 ) -> int:
     """Trains as one of the ranks. Returns the exit code: 0 finished, 75 stopped and resumable."""
     folder = Path(args.output_dir)
-    of_device = join_ranks(args.device)
+    of_device = join_ranks(args.device, args.ddp_timeout_s)
     hf_args = training_arguments(
         args, plan, **of_device
     )  # before the model: zero.Init finds the ZeRO JSON through it
