@@ -23,7 +23,7 @@ class Process:
     output: Path
 
     def text(self) -> str:
-        return self.output.read_text(errors="replace")
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def ended(self) -> bool:
         """Whether `wait` would return at once."""

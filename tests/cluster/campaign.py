@@ -52,6 +52,7 @@ FLAGS = [
     "0.02",
 ]
 ENDS_WITHIN_S = 60.0
+SLURMS_DEFAULTS = {"SLURMD_TIMEOUT": "300", "KILL_WAIT": "30"}  # so that it does not notice first
 
 
 @dataclass
@@ -112,7 +113,17 @@ class Run:
         """The same command again, to its end."""
         had, started_s = max(self.complete(), default=0), time.monotonic()
         self.start(nodes)
-        self.processes[0].wait_for(lambda: self.steps() > had or (self.out / "summary.json").exists())
+        began = (
+            "resuming from",
+            "starting at step",
+            "finished; nothing to do",
+        )  # what a kill left is cut off by then
+        self.processes[0].wait_for(
+            lambda: (
+                any(text in self.texts() for text in began)
+                and (self.steps() > had or (self.out / "summary.json").exists())
+            )
+        )
         row.went_on_s.append(time.monotonic() - started_s)
         codes = self.wait()
         if any(codes) or not self.same_bytes():
@@ -263,7 +274,11 @@ class Campaign:
     def on_slurm(self, name: str, fault: list[str], repair: list[list[str]], tries: int) -> None:
         """`fault` while srun runs on two nodes."""
         if not self.slurm_started:
-            self.slurm("start", env=os.environ | {"SHARED": f"{ROOT} {self.folder}"}, stdout=subprocess.DEVNULL)
+            self.slurm(
+                "start",
+                env=os.environ | {"SHARED": f"{ROOT} {self.folder}"} | SLURMS_DEFAULTS,
+                stdout=subprocess.DEVNULL,
+            )
             self.slurm_started = True
         for number in range(tries):
             run, row = Run(self, f"{name.split()[-1]}-{number}"), self.row(name)
@@ -338,5 +353,6 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # with the table of what was done
     with tempfile.TemporaryDirectory(prefix="campaign_", dir="/tmp", ignore_cleanup_errors=True) as scratch:
         sys.exit(1 if Campaign(Path(scratch), given.seed).main(given.kills, given.only) else 0)
