@@ -14,7 +14,10 @@ help:  ## this list
 
 install-v100: .venv-v100/.installed  ## create .venv-v100, the environment for Volta GPUs
 
-install: .venv/.installed  ## create .venv from requirements.txt (done by the other targets)
+install:  ## create .venv from requirements.txt, or .venv-v100 if this machine's GPUs need it
+	@VENV=; source ./env.sh && if why=$$(needs_v100); then \
+	    echo "GPU with $$why: .venv-v100 is what training needs here"; $(MAKE) -s .venv-v100/.installed; \
+	else $(MAKE) -s .venv/.installed; fi
 
 # Every file that preflight compares with the installed ones; the list, because one that goes leaves nothing newer.
 PLUGINS := $(sort $(wildcard sglang/runtime_plugins/*.py)) sglang/runtime_plugins/pyproject.toml
@@ -60,7 +63,9 @@ clean:  ## remove rehearsal runs and caches (not .venv, not your outputs)
 	find deepspeed sglang rehearsal tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # Staff only
-.PHONY: test-all test-v100 lint format lock handout grade autograder
+.PHONY: test-all test-v100 test-cluster lint format lock handout grade autograder
+
+KILLS ?= 100
 
 test-all: .venv/.installed  ## the long versions too
 	@$(RUN) python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -68,8 +73,11 @@ test-all: .venv/.installed  ## the long versions too
 test-v100: .venv-v100/.installed  ## parity and resume in the environment for Volta GPUs (torch 2.7.1)
 	@VENV=.venv-v100; source ./env.sh && python -P -m pytest -m v100
 
+test-cluster: .venv/.installed  ## break runs on a real Slurm of two nodes and resume them (needs root; KILLS=100)
+	@$(RUN) python -P tests/cluster/campaign.py --kills $(KILLS)
+
 lint: .venv/.installed  ## ruff and shellcheck
-	@$(RUN) ruff check . && ruff format --check . && shellcheck -x env.sh deepspeed/*.sh .ci/run handout/autograder/*
+	@$(RUN) ruff check . && ruff format --check . && shellcheck -x env.sh deepspeed/*.sh deepspeed/job.sbatch tests/cluster/*.sh .ci/run handout/autograder/*
 
 format: .venv/.installed  ## let ruff rewrite the Python files
 	@$(RUN) ruff check --fix . && ruff format .

@@ -70,10 +70,36 @@ install_environment() (
     touch "$1/.installed"
 )
 
+has_deepspeed() {
+    command -v python >/dev/null && python -c 'import importlib.metadata as m; m.version("deepspeed")' 2>/dev/null
+}
+
+# What makes a visible GPU one for .venv-v100: compute capability below 7.5, or a driver below 580. Silent without one.
+needs_v100() {
+    [ -n "${CUDA_VISIBLE_DEVICES-all}" ] || return 1
+    # shellcheck disable=SC2086
+    nvidia-smi ${CUDA_VISIBLE_DEVICES:+-i "$CUDA_VISIBLE_DEVICES"} --query-gpu=compute_cap,driver_version \
+        --format=csv,noheader 2>/dev/null | awk -F', *' '
+            /^[0-9]/ && $1 < 7.5 { why = "compute capability " $1 }
+            /^[0-9]/ && $2 + 0 < 580 { why = "driver " $2 }
+            END { if (why) print why; else exit 1 }'
+}
+
+# Training on such a GPU: .venv-v100, if it was made, takes the place of our .venv, and of no other environment.
+use_v100_environment() {
+    local why
+    [ -z "${VENV:-}" ] && [ "${VIRTUAL_ENV:-}" = "$_repo/.venv" ] && [ -x "$_repo/.venv-v100/bin/python" ] || return 0
+    why=$(needs_v100) || return 0
+    export VIRTUAL_ENV="$_repo/.venv-v100"
+    export PATH="$VIRTUAL_ENV/bin:$PATH"
+    echo "GPU with $why: the environment is .venv-v100"
+}
+
 # An environment that is active and has DeepSpeed stays (a bare conda base does not count); VENV names one.
 if [ -n "${VENV:-}" ] || [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] ||
-    ! python -c 'import importlib.metadata as m; m.version("deepspeed")' 2>/dev/null; then
+    ! has_deepspeed; then
     _venv=${VENV:-.venv}
+    [ -n "${VENV:-}" ] || [ -d "$_repo/.venv" ] || [ ! -d "$_repo/.venv-v100" ] || _venv=.venv-v100
     case $_venv in /*) ;; *) _venv=$_repo/$_venv ;; esac
     if [ -x "$_venv/bin/python" ]; then
         export VIRTUAL_ENV="$_venv"

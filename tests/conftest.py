@@ -31,8 +31,9 @@ os.environ |= {
     "TRITON_INTERPRET": "1",  # Triton decides when it is imported
     "TORCH_LOGS": "-torch.utils.cpp_extension",
 }
-for name in ("STOP_FILE", "GPU_MEMORY_CAP_GIB", "SLURM_JOB_END_TIME"):
-    os.environ.pop(name, None)
+for name in list(os.environ):
+    if name in ("STOP_FILE", "GPU_MEMORY_CAP_GIB", "NNODES") or name.startswith("SLURM"):
+        del os.environ[name]
 
 settings.register_profile("repository", deadline=None, database=None, max_examples=50)
 settings.load_profile("repository")

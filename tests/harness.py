@@ -23,7 +23,11 @@ class Process:
     output: Path
 
     def text(self) -> str:
-        return self.output.read_text(errors="replace")
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+    def ended(self) -> bool:
+        """Whether `wait` would return at once."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def wait(self, timeout_s: float = 240) -> tuple[int, str]:
         """(exit code, output); a signal's number is negative, as in subprocess."""

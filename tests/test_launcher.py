@@ -1,6 +1,7 @@
 """The bash launcher as users start it: another folder, signals to it alone, the GPUs each rank sees."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,12 +79,14 @@ def test_a_stop_is_heard_even_when_its_file_cannot_be_written(tmp_path):
     temporary, fake = tmp_path / "temporary", tmp_path / "bin" / "python"
     temporary.mkdir()
     fake.parent.mkdir()
-    fake.write_text(f"""#!/bin/sh
-[ "$1" = -c ] && exit 0
-trap 'echo heard' TERM
-rmdir {temporary}
-touch {tmp_path}/up
-while :; do sleep 0.1; done
+    fake.write_text(f"""#!{sys.executable}
+import pathlib, signal, sys, time
+if sys.argv[1] != "-c":
+    signal.signal(signal.SIGTERM, lambda *_: print("heard", flush=True))
+    pathlib.Path({str(temporary)!r}).rmdir()
+    pathlib.Path({str(tmp_path / "up")!r}).touch()
+    while True:
+        time.sleep(0.1)
 """)
     fake.chmod(0o755)
     run = launch(cwd=tmp_path, TMPDIR=str(temporary), PATH=f"{fake.parent}:/usr/bin:/bin")
@@ -119,12 +122,12 @@ def test_sockets_find_a_short_folder(monkeypatch, tmp_path):
 @pytest.fixture
 def ranks(transformers, tmp_path):
     """ranks(function) -> (exit code, output) of two ranks that call `function(rank)`."""
-    from lora_sft.launch import run_ranks
+    from lora_sft.launch import Ranks, run_ranks
 
     def run(function):
         work_dir = tmp_path / "work"
         work_dir.mkdir()
-        return fork(lambda: run_ranks(function, 2, work_dir), tmp_path / "terminal.txt").wait()
+        return fork(lambda: run_ranks(function, Ranks.alone(2), work_dir), tmp_path / "terminal.txt").wait()
 
     return run
 
@@ -179,7 +182,7 @@ def test_a_bug_prints_the_traceback_of_the_first_rank_that_fails(ranks):
 
 @pytest.mark.v100
 def test_ranks_die_with_their_parent(transformers, tmp_path):
-    from lora_sft.launch import run_ranks
+    from lora_sft.launch import Ranks, run_ranks
 
     def wait(rank: int) -> int:
         (tmp_path / f"rank{rank}").write_text(str(os.getpid()))
@@ -187,7 +190,7 @@ def test_ranks_die_with_their_parent(transformers, tmp_path):
         time.sleep(60)
         return 0
 
-    program = fork(lambda: run_ranks(wait, 2, tmp_path), tmp_path / "terminal.txt")
+    program = fork(lambda: run_ranks(wait, Ranks.alone(2), tmp_path), tmp_path / "terminal.txt")
     program.wait_for(lambda: all((tmp_path / f"rank{rank}").exists() for rank in (0, 1)))
     time.sleep(0.2)
     pids = [int((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
@@ -277,6 +280,49 @@ def test_one_variable_moves_every_cache(tmp_path):
         assert moved[name].startswith(str(tmp_path / "big")), name
     assert sourced("echo $HF_HOME", LLM_STORAGE=tmp_path / "big", HF_HOME="/mine") == "/mine\n"
     assert "HF_HOME" not in sourced("env")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "why"),
+    [
+        ("7.0, 580.65.06", "compute capability 7.0"),
+        ("9.0, 580.65.06\n9.0, 570.12", "driver 570.12"),
+        ("7.5, 580.65.06", None),
+        ("No devices were found", None),
+    ],
+)
+def test_an_old_gpu_takes_its_own_environment(tmp_path, gpus, why):
+    """A copy of env.sh beside two environments, and an nvidia-smi that answers `gpus`."""
+    shutil.copy(ROOT / "env.sh", tmp_path)
+    for name in (".venv", ".venv-v100"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "bin" / "python").symlink_to("/usr/bin/true")
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{gpus}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+
+    def chosen(**env) -> str:
+        script = f"set -euo pipefail; source {tmp_path}/env.sh; use_v100_environment; command -v python"
+        env = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | env
+        return subprocess.run(
+            ["bash", "-c", script], env=env, capture_output=True, text=True, check=True
+        ).stdout
+
+    ours, old = (f"{tmp_path}/{name}/bin/python\n" for name in (".venv", ".venv-v100"))
+    assert chosen() == (f"GPU with {why}: the environment is .venv-v100\n{old}" if why else ours)
+    assert chosen(VENV=".venv") == ours
+    assert chosen(CUDA_VISIBLE_DEVICES="") == ours
+
+
+@pytest.mark.parametrize("whom", ["the script", "every process"])
+def test_a_signal_at_the_very_start_ends_with_75(tmp_path, whom):
+    """Slurm may signal before the job has begun, and signals all processes of a step."""
+    for delay_s in (0.02, 0.05, 0.1):
+        run = launch("--rehearse", "--output_dir", "out", cwd=tmp_path)
+        time.sleep(delay_s)
+        (os.kill if whom == "the script" else os.killpg)(run.pid, signal.SIGUSR1)
+        text, _ = run.communicate(timeout=60)
+        assert run.returncode == 75, text
+        assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_an_active_environment_without_deepspeed_does_not_count(tmp_path):

@@ -223,19 +223,17 @@ def test_the_cpu_is_never_a_silent_fallback(start, tiny_model, tmp_path):
     assert "error: no NVIDIA GPU here; ask for one (srun --gres=gpu:2 ...)" in text
 
 
-def test_host_memory_is_limited_by_the_cgroup(monkeypatch):
-    monkeypatch.setattr(
-        machine, "memory_limit_gib", lambda: (8.0, "left of the job's memory limit (Slurm --mem)")
-    )
+def test_host_memory_is_limited_by_the_cgroup():
+    place = machine.Place("", 2, 8.0, "left of the job's memory limit (Slurm --mem)")
     with pytest.raises(UserError, match=r"8.0 GiB left of the job's memory limit .* ask for --mem=21G"):
-        machine.look_at_host_memory(6_738_415_616, "fp16", 2)
-    monkeypatch.undo()
+        machine.look_at_host_memory(6_738_415_616, "fp16", [place])
     left, what = machine.memory_limit_gib()
     assert left > 0
     assert what
 
 
-def test_predicted_end_is_compared_with_slurms(monkeypatch, caplog):
+@pytest.mark.parametrize("told_by", ["SLURM_JOB_END_TIME", "squeue"])
+def test_predicted_end_is_compared_with_slurms(monkeypatch, caplog, tmp_path, told_by):
     import logging
     import time
     from types import SimpleNamespace
@@ -243,7 +241,15 @@ def test_predicted_end_is_compared_with_slurms(monkeypatch, caplog):
     from lora_sft import report
 
     monkeypatch.setattr(report.log, "propagate", True)
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 600))
+    end_s = int(time.time()) + 600
+    if told_by == "squeue":  # Slurm 22.05
+        text = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(end_s))
+        (tmp_path / "squeue").write_text(f'#!/bin/sh\n[ "$3" = 7 ] && echo {text}\n')
+        (tmp_path / "squeue").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv(
+        "SLURM_JOB_ID" if told_by == "squeue" else told_by, "7" if told_by == "squeue" else str(end_s)
+    )
     with caplog.at_level(logging.INFO, "lora_sft"):
         report.announce_end(10.0, 100.0, SimpleNamespace(max_steps=500, global_step=5), 8000)
         report.announce_end(1.0, 1.0, SimpleNamespace(max_steps=500, global_step=5), 8000)

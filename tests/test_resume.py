@@ -255,6 +255,18 @@ def test_old_checkpoints_go_only_after_the_new_marker(uninterrupted):
     assert sorted(path.name for path in uninterrupted.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
 
 
+def test_a_checkpoint_that_lost_bytes_does_not_count(uninterrupted, out):
+    """The one before does, and the run says so."""
+    shutil.copytree(uninterrupted, out)
+    for name in run_folder.complete_checkpoints(out):
+        assert run_folder.damage(name) is None
+    path = next((out / "checkpoint-6").glob("global_step*/*rank_1*optim_states.pt"))
+    os.truncate(path, 100)
+    assert run_folder.damage(out / "checkpoint-6").startswith(f"global_step6/{path.name}: 100 of ")
+    path.unlink()
+    assert ": 0 of " in run_folder.damage(out / "checkpoint-6")
+
+
 def test_checkpoints_do_not_hold_the_frozen_base(uninterrupted, tiny_model):
     size = sum(path.stat().st_size for path in (uninterrupted / "checkpoint-6").rglob("*"))
     adapter = (uninterrupted / "adapter_model.safetensors").stat().st_size

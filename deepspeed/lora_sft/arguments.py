@@ -117,10 +117,11 @@ class Arguments:
         "auto", f"fused steps, joined by '+': {', '.join(KERNELS)}; none, or auto: all that the GPUs can run"
     )
     device: str = flag("cuda", "cuda or cpu; the CPU is never chosen silently")
-    num_gpus: int = flag(0, "ranks to start; 0: every GPU in CUDA_VISIBLE_DEVICES (2 ranks on the CPU)")
+    num_gpus: int = flag(0, "ranks to start on a node; 0: every GPU in CUDA_VISIBLE_DEVICES (2 on the CPU)")
     seed: int = flag(42, "shuffle, adapter initialisation, dropout")
     save_steps: int = flag(50, "optimizer steps between checkpoints")
     save_total_limit: int = flag(2, "complete checkpoints to keep")
+    ddp_timeout_s: int = flag(40, "how long a rank waits for the others within a step: a node may be gone")
     report_to: str = flag("none", "none, tensorboard, wandb, ... (as in transformers)")
     rehearse: bool = flag(
         False, "small model and shipped data on 2 CPU ranks, everything else as in the real job"
@@ -142,8 +143,8 @@ class Arguments:
 
     def identity(self, zero_config: dict) -> dict:
         """What makes two commands the same run: everything that changes the numbers."""
-        other = {"output_dir", "deepspeed", "save_steps", "save_total_limit", "report_to", "overwrite"}
-        other |= {"preflight_only", "download_only", "num_gpus"}
+        other = {"output_dir", "deepspeed", "save_steps", "save_total_limit", "ddp_timeout_s", "report_to"}
+        other |= {"preflight_only", "download_only", "num_gpus", "overwrite"}
         zero_sha256 = hashlib.sha256(json.dumps(zero_config, sort_keys=True).encode()).hexdigest()
         same = {key: value for key, value in asdict(self).items() if key not in other}
         return same | {"deepspeed": f"sha256 {zero_sha256[:12]}"}
@@ -176,7 +177,7 @@ def parse(argv: list[str]) -> Arguments:
 
 def _check_ranges(args: Arguments) -> None:
     for name in ("max_seq_len", "tokens_per_micro_batch", "gradient_accumulation_steps", "lora_r", "lora_alpha",
-                 "save_steps", "save_total_limit"):  # fmt: skip
+                 "save_steps", "save_total_limit", "ddp_timeout_s"):  # fmt: skip
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.max_seq_len < 16:

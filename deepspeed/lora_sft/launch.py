@@ -13,11 +13,16 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from workbench import UserError
 from workbench.processes import STOP_SIGNALS, STOPPED, die_with_parent, free_port
+
+from .cluster import LOST, LostRanks
 
 OTHER_LAUNCHERS = (
     "OMPI_",
@@ -27,6 +32,23 @@ OTHER_LAUNCHERS = (
     "MPI_",
 )  # DeepSpeed and accelerate would take ranks from them
 GRACE_S = 10.0  # what the others may take to end after one has failed, then as long again after a SIGTERM
+CAUSE = "cause"  # file in the work folder: the line that was printed when a child failed
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Those of this node, and where they meet those of others."""
+
+    count: int
+    first: int
+    world_size: int
+    address: str
+    port: int
+    node: str = ""  # its name, if there are others
+
+    @classmethod
+    def alone(cls, count: int) -> "Ranks":
+        return cls(count, 0, count, "127.0.0.1", free_port())
 
 
 class StopRequest:
@@ -58,32 +80,33 @@ def import_shared_libraries() -> None:
 
 def run_in_child(function: Callable[[], int], work_dir: Path, stop: StopRequest) -> int:
     """Exit code of one child that runs `function`; a stop request ends it at once."""
-    return _run(lambda _: function(), 1, work_dir, stop)
+    return _run(lambda _: function(), Ranks.alone(1), work_dir, stop)
 
 
-def run_ranks(function: Callable[[int], int], world_size: int, work_dir: Path) -> int:
-    """Exit code of `world_size` children that each run `function(rank)` with torch's rendezvous variables set."""
-    port = free_port()
+def run_ranks(function: Callable[[int], int], ranks: Ranks, work_dir: Path) -> int:
+    """Exit code of the children that each run `function(rank)` with torch's rendezvous variables set."""
 
-    def start(rank: int) -> int:
+    def start(local_rank: int) -> int:
         for name in [name for name in os.environ if name.startswith(OTHER_LAUNCHERS)]:
             del os.environ[name]
+        rank = ranks.first + local_rank
         os.environ |= {
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(ranks.world_size),
+            "LOCAL_WORLD_SIZE": str(ranks.count),
+            "MASTER_ADDR": ranks.address,
+            "MASTER_PORT": str(ranks.port),
         }
         return function(rank)
 
-    return _run(start, world_size, work_dir)
+    return _run(start, ranks, work_dir)
 
 
-def _run(function: Callable[[int], int], count: int, work_dir: Path, stop: StopRequest | None = None) -> int:
+def _run(function: Callable[[int], int], ranks: Ranks, work_dir: Path, stop: StopRequest | None = None) -> int:
     """0 if all children return 0; 2 if one raises a UserError, which is printed once; else the code of the first that
-    fails, whose traceback is printed (the others' failures follow from it). A child killed by a signal counts as 1."""
+    fails, whose traceback is printed (the others' failures follow from it). A child killed by a signal counts as 1.
+    What was printed is in the file `cause`, too."""
     from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
     def child(index: int) -> None:
@@ -93,9 +116,12 @@ def _run(function: Callable[[int], int], count: int, work_dir: Path, stop: StopR
         except UserError as error:
             (work_dir / f"error-{index}").write_text(str(error))
             sys.exit(2)
+        except LostRanks:
+            time.sleep(1)  # the one that was lost is seen to end first
+            sys.exit(LOST)
 
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # the error is said below, once
-    children = start_processes(child, nprocs=count, join=False, start_method="fork")
+    children = start_processes(child, nprocs=ranks.count, join=False, start_method="fork")
     try:
         while not children.join(timeout=0.1, grace_period=GRACE_S):
             if stop:
@@ -105,53 +131,73 @@ def _run(function: Callable[[int], int], count: int, work_dir: Path, stop: StopR
                 return STOPPED
         return 0
     except (ProcessExitedException, ProcessRaisedException) as error:
+        who = "the preflight" if stop is not None else f"rank {ranks.first + error.error_index}"
         if messages := dict.fromkeys(path.read_text() for path in sorted(work_dir.glob("error-*"))):
-            for message in messages:
-                print(f"error: {message}", file=sys.stderr)
-            return 2
-        if isinstance(error, ProcessRaisedException):
+            code, cause = 2, "\nerror: ".join(messages)
+        elif isinstance(error, ProcessRaisedException):
             print(error.msg, file=sys.stderr)
-            return 1
-        if error.signal_name:
-            print(f"error: rank {error.error_index} was killed by {error.signal_name}", file=sys.stderr)
-            return 1
-        return error.exit_code
+            code, cause = 1, f"{who} failed: {error.msg.strip().splitlines()[-1]}"
+        elif error.signal_name == "SIGABRT" and ranks.node:
+            return LOST  # NCCL's watchdog, after --ddp_timeout_s
+        elif error.signal_name == "SIGALRM":
+            code, cause = STOPPED, "node 0 does not answer any more; the same command starts again"
+        elif error.signal_name:
+            code, cause = 1, f"{who} was killed by {error.signal_name}"
+        else:
+            return error.exit_code
+        print(f"error: {ranks.node and f'{ranks.node}: '}{cause}", file=sys.stderr)
+        (work_dir / CAUSE).write_text(cause)
+        return code
 
 
-def join_ranks(device: str) -> dict:
-    """Joins DeepSpeed's process group, as a rank; returns the extra TrainingArguments that the device needs.
+def cause(work_dir: Path) -> str:
+    """What `_run` printed."""
+    path = work_dir / CAUSE
+    return path.read_text() if path.exists() else ""
+
+
+def join_ranks(device: str, timeout_s: int) -> dict:
+    """Joins DeepSpeed's process group, as a rank; returns the extra TrainingArguments that the device needs. A rank that
+    does not come within `timeout_s` is lost; while the model loads, DeepSpeed's 600 s hold.
 
     On CPU, Trainer's own detection would not start DeepSpeed's communication (it reports MULTI_CPU), so the
     state is configured first. DeepSpeed's shared-memory op serves inference only; declaring it incompatible
     avoids a compiler run at start and a lock file that a killed run would leave.
     """
-    import deepspeed
     import torch
 
     if device == "cuda":
-        share_cores(int(os.environ["WORLD_SIZE"]))
+        share_cores(int(os.environ["LOCAL_WORLD_SIZE"]))
         if cap := os.environ.get("GPU_MEMORY_CAP_GIB"):
             total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, float(cap) * 2**30 / total))
         if torch.__version__ < "2.8":  # the V100's; later ones do it unasked
             # Otherwise a gathered layer waits for NCCL's stream before its memory can be used again.
             os.environ["TORCH_NCCL_AVOID_RECORD_STREAMS"] = "1"
-        deepspeed.init_distributed()
+        join(timeout_s)
         return {}
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
     from deepspeed import ops
 
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
+    join(timeout_s)
     PartialState(cpu=True).distributed_type = DistributedType.DEEPSPEED
     return {"use_cpu": True, "accelerator_config": {"use_configured_state": True}}
 
 
-def share_cores(world_size: int) -> None:
+def join(timeout_s: int) -> None:
+    import deepspeed
+    import torch
+
+    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s))
+    torch.distributed.distributed_c10d._set_pg_timeout(deepspeed.constants.default_pg_timeout)
+
+
+def share_cores(ranks: int) -> None:
     """Otherwise each rank starts a thread on every core, and they wait for one another: checking the adapter took 36 s
     instead of 2 on 32 cores."""
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))

@@ -5,17 +5,18 @@ import math
 import os
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from workbench import UserError
 from workbench.machine import GIB, driver_version, has_kernels, visible_gpus
 
 from .arguments import Arguments
+from .cluster import Nodes
 from .memory import CONTEXT_GIB
 
 ASSUMED_GPU_GIB = 15.8  # a V100 16 GB, when there is no GPU to ask
-V100_LOCK = "make install-v100, then VENV=.venv-v100 bash deepspeed/run_llama2_7b_lora.sh"
+V100_LOCK = "make install-v100, then the same command"
 OLDER_DRIVER = f"use the CUDA 12.6 environment: {V100_LOCK}"
 
 
@@ -142,18 +143,63 @@ def link_between(matrix: str, first: int, second: int) -> str:
     return mine[-1][1 + second]
 
 
-def look_at_host_memory(base_parameters: int, dtype: str, world_size: int) -> str:
-    """Every rank reads all weights, one after the other; the pages are shared and can be dropped."""
-    left, what = memory_limit_gib()
+@dataclass(frozen=True)
+class Place:
+    """A node: its name ("" if there are no others), its ranks, the host memory they may use and what limits it."""
+
+    name: str
+    ranks: int
+    left_gib: float
+    what: str
+
+
+def look_at_host_memory(base_parameters: int, dtype: str, places: list[Place]) -> str:
+    """Of the node that has least for its ranks. Every rank reads all weights, one after the other; the pages are shared
+    and can be dropped."""
+    place = min(places, key=lambda place: place.left_gib - 2.5 * place.ranks)
+    left, what = place.left_gib, place.what + (f" of {place.name}" if place.name else "")
     weights = base_parameters * (4 if dtype == "fp32" else 2) / GIB
-    needed = weights + 2.5 * world_size
+    needed = weights + 2.5 * place.ranks
     if left < needed:
         raise UserError(
             f"{left:.1f} GiB {what}, about {needed:.1f} needed to load the weights; ask for --mem={needed * 1.2:.0f}G"
         )
-    if left < weights * world_size:
-        return f"WARN: {left:.1f} GiB {what}; below {weights * world_size:.1f} loading may be slow"
+    if left < weights * place.ranks:
+        return f"WARN: {left:.1f} GiB {what}; below {weights * place.ranks:.1f} loading may be slow"
     return f"{left:.1f} GiB {what}, about {needed:.1f} needed"
+
+
+def look_at_node(args: Arguments) -> dict:
+    """What a node says of itself to the first one. Raises UserError."""
+    gpus, text = look_at_gpus(args)
+    return {"gpus": asdict(gpus), "text": text, "link": look_at_links(gpus), "memory": memory_limit_gib()}
+
+
+def look_at_nodes(args: Arguments, mine: Gpus, others: list[dict]) -> tuple[tuple[Gpus, list[Place]], str]:
+    """All nodes' GPUs as one, of which the weakest decides, and where their ranks are. Raises UserError."""
+    if problems := [f"{node['name']}: {node['problem']}" for node in others if node["problem"]]:
+        raise UserError("; ".join(problems))
+    every = [mine, *(Gpus(**node["gpus"]) for node in others)]
+    capability = mine.capability and min(gpus.capability for gpus in every)
+    dtype, reason = choose_dtype(args.dtype, args.device, capability and tuple(capability))
+    found = Gpus(
+        gpu_name=mine.gpu_name,
+        gpu_free_gib=mine.capability and min(gpus.gpu_free_gib for gpus in every),
+        capability=capability,
+        gpu_limit_gib=min(gpus.gpu_limit_gib for gpus in every),
+        world_size=sum(gpus.world_size for gpus in every),
+        dtype=dtype,
+        dtype_reason=reason,
+    )
+    here = Place(Nodes.here(), mine.world_size, *memory_limit_gib())
+    places = [here, *(Place(node["name"], node["gpus"]["world_size"], *node["memory"]) for node in others)]
+    texts = dict.fromkeys(node["text"].removeprefix("SKIP: ") for node in others)
+    same = {text: ", ".join(node["name"] for node in others if text in node["text"]) for text in texts}
+    row = f"{len(every)}, {found.world_size} ranks; " + "; ".join(
+        f"{names}: {text}" for text, names in same.items()
+    )
+    slow = [f"{node['name']}: {node['link'][6:]}" for node in others if (node["link"] or "").startswith("WARN")]
+    return (found, places), (f"WARN: {row}; {'; '.join(slow)}" if slow else row)
 
 
 def memory_limit_gib() -> tuple[float, str]:

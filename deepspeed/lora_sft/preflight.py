@@ -7,6 +7,7 @@
 import copy
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +26,15 @@ from workbench.models import (
 
 from . import data, memory
 from .arguments import Arguments
-from .machine import Gpus, look_at_gpus, look_at_host_memory, look_at_links
+from .machine import (
+    Gpus,
+    Place,
+    look_at_gpus,
+    look_at_host_memory,
+    look_at_links,
+    look_at_nodes,
+    memory_limit_gib,
+)
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate", "datasets", "tokenizers", "numpy")
 PROGRAM = "bash deepspeed/run_llama2_7b_lora.sh"
@@ -86,8 +95,11 @@ class Plan(Gpus, FoundModel, Kernels, DataHashes, Packing, Sizes):
         return cls(**json.loads((work_dir / PLAN).read_text()))
 
 
-def run(args: Arguments, zero_config: dict, work_dir: Path) -> int:
-    """Prints the table; writes the plan and the packed rows. Raises UserError with the first failure."""
+def run(
+    args: Arguments, zero_config: dict, work_dir: Path, others: Callable[[], list[dict]] | None = None
+) -> list[Place]:
+    """Prints the table; writes the plan and the packed rows. `others` gives what each other node says of itself
+    (`machine.look_at_node`). Returns where the ranks will be. Raises UserError with the first failure."""
     table, plan = Table(), None
     print("preflight")
     installed = table.find("packages", look_at_packages)
@@ -96,6 +108,10 @@ def run(args: Arguments, zero_config: dict, work_dir: Path) -> int:
     gpus = None if args.download_only else table.find("GPUs", lambda: look_at_gpus(args))
     if gpus:
         table.check("GPU link", lambda: look_at_links(gpus))
+    places = [Place("", gpus.world_size, *memory_limit_gib())] if gpus else []
+    if gpus and others:
+        gpus, places = table.find("nodes", lambda: look_at_nodes(args, gpus, others())) or (None, [])
+    if gpus:
         table.row("PASS", "precision", f"{gpus.dtype}: {gpus.dtype_reason}")
     model = table.find("model", lambda: look_at_model(args))
     found = table.find("data", lambda: look_at_data(args))
@@ -113,9 +129,7 @@ def run(args: Arguments, zero_config: dict, work_dir: Path) -> int:
         table.row("SKIP", "the rest", "needs what failed above")
     if sizes:
         table.check("GPU memory", lambda: look_at_gpu_memory(args, gpus, sizes))
-        table.check(
-            "host memory", lambda: look_at_host_memory(sizes.base_parameters, gpus.dtype, gpus.world_size)
-        )
+        table.check("host memory", lambda: look_at_host_memory(sizes.base_parameters, gpus.dtype, places))
         table.check("disk", lambda: look_at_disk(args, sizes.lora_parameters))
     if table.first_failure:
         raise UserError(table.first_failure)
@@ -123,7 +137,7 @@ def run(args: Arguments, zero_config: dict, work_dir: Path) -> int:
         parts = (gpus, model, chosen, hashes, packing, sizes)
         plan = Plan(**{name: value for part in parts for name, value in vars(part).items()}, versions=installed)
         write_json(work_dir / PLAN, asdict(plan))
-    return 0
+    return places
 
 
 def look_at_packages() -> tuple[dict[str, str], str]:

@@ -1,11 +1,13 @@
 """What people see of a run: predicted end, summary.json, loss.png, memory.png, the last ten lines."""
 
+import datetime
 import json
 import logging
 import math
 import os
 import resource
 import shlex
+import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,7 +77,7 @@ def announce_end(step_time_s: float, evaluation_s: float, state, train_rows: int
     text = (
         f"{step_time_s:.1f} s a step: step {state.max_steps} at about {clock} (in {remaining_s / 60:.0f} min)"
     )
-    job_end_s = float(os.environ.get("SLURM_JOB_END_TIME") or "inf")
+    job_end_s = slurms_end_s()
     if math.isfinite(job_end_s):
         text += f"; Slurm ends the job at {time.strftime('%H:%M:%S', time.localtime(job_end_s))}"
         if end_s > job_end_s:
@@ -88,6 +90,18 @@ def announce_end(step_time_s: float, evaluation_s: float, state, train_rows: int
                 f"--overwrite --max_train_rows {max(2, rows)}"
             )
     log.info(text)
+
+
+def slurms_end_s() -> float:
+    """When Slurm ends this job, in seconds since 1970; infinite without one. Older versions tell only `squeue`."""
+    if text := os.environ.get("SLURM_JOB_END_TIME"):
+        return float(text)
+    ask = ["squeue", "--noheader", "--job", os.environ.get("SLURM_JOB_ID", ""), "--format=%e"]
+    try:
+        found = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return datetime.datetime.fromisoformat(found).timestamp()
+    except (OSError, subprocess.SubprocessError, ValueError):  # no Slurm, or "N/A"
+        return math.inf
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -17,6 +17,7 @@ from workbench.files import check_identity, commit, write_json
 from workbench.models import weights_fingerprint
 
 from .arguments import TINY_MODEL, Arguments
+from .cluster import SHARED
 
 if TYPE_CHECKING:
     from .preflight import Plan
@@ -69,7 +70,9 @@ def check_owner(folder: Path, identity: dict) -> None:
         ours = (*OURS, ".lock", ".disk_probe")
         names = sorted(entry.name for entry in folder.iterdir())
         foreign = [
-            n for n in names if n not in ours and not n.startswith("checkpoint-") and not n.endswith(".tmp")
+            n
+            for n in names
+            if n not in ours and not n.startswith(("checkpoint-", SHARED)) and not n.endswith(".tmp")
         ]
         if foreign:
             raise UserError(
@@ -92,7 +95,7 @@ def check_same_inputs(folder: Path, plan: "Plan") -> None:
     if stored["world_size"] != plan.world_size:
         raise UserError(
             f"--output_dir {folder}: was started on {stored['world_size']} GPUs, {plan.world_size} here; ZeRO-3 "
-            "checkpoints need the same number (or --overwrite starts anew)"
+            "checkpoints need the same number, on however many nodes (or --overwrite starts anew)"
         )
     for key, what in INPUTS.items():
         refuse_change(folder, what, stored.get(key), getattr(plan, key))
@@ -129,6 +132,8 @@ def open_run(folder: Path, args: Arguments, zero_config: dict, plan: "Plan") -> 
     config = {"identity": args.identity(zero_config), "arguments": asdict(args), "plan": asdict(plan)}
     write_json(folder / CONFIG, config | {"commit": commit()})
     complete = complete_checkpoints(folder)
+    while complete and (problem := damage(complete[-1])):
+        print(f"warning: {complete.pop()} is damaged ({problem}) and goes; the one before counts", flush=True)
     forget_after(folder, complete)
     if not complete:
         (folder / EVAL_BEFORE).unlink(missing_ok=True)
@@ -162,6 +167,15 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted((marker.parent for marker in folder.glob(f"checkpoint-*/{MARKER}")), key=step_of)
 
 
+def damage(checkpoint: Path) -> str | None:
+    """The first file that has not the size that the marker says."""
+    for name, size in json.loads((checkpoint / MARKER).read_text()).get("bytes", {}).items():
+        found = (checkpoint / name).stat().st_size if (checkpoint / name).exists() else 0
+        if found != size:
+            return f"{name}: {found} of {size} bytes"
+    return None
+
+
 def forget_after(folder: Path, complete: list[Path]) -> None:
     """Removes half-written checkpoints, and metrics rows after the newest of the `complete` ones."""
     for path in set(folder.glob("checkpoint-*")) - set(complete):
@@ -184,11 +198,13 @@ def _step_in(line: str) -> float:
 
 def mark_complete(checkpoint: Path, keep: int) -> None:
     """Flushes the checkpoint to disk, writes its marker, then deletes all but the newest `keep`."""
+    sizes = {}
     for path in checkpoint.rglob("*"):
         if path.is_file():
             with path.open("rb") as stored:
                 os.fsync(stored.fileno())
-    write_json(checkpoint / MARKER, {"step": step_of(checkpoint)})
+            sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
+    write_json(checkpoint / MARKER, {"step": step_of(checkpoint), "bytes": sizes})
     for old in complete_checkpoints(checkpoint.parent)[:-keep]:
         (old / MARKER).unlink()
         shutil.rmtree(old)

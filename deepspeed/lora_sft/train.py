@@ -18,6 +18,7 @@ from workbench.processes import STOPPED
 
 from . import adapter, kernels, report, watch
 from .arguments import Arguments
+from .cluster import LostRanks
 from .data import IGNORE, Packed, set_up_tokenizer
 from .launch import StopRequest, join_ranks
 from .model import answers_only, load_model, logits_of, to_device
@@ -25,13 +26,20 @@ from .preflight import Plan
 
 log = logging.getLogger("lora_sft")
 
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Broken pipe",
+)  # gloo's
+
 
 def train(
     args: Arguments, plan: Plan, work_dir: Path, resume_from: Path | None, stop: StopRequest, started_s: float
 ) -> int:
     """Trains as one of the ranks. Returns the exit code: 0 finished, 75 stopped and resumable."""
     folder = Path(args.output_dir)
-    of_device = join_ranks(args.device)
+    of_device = join_ranks(args.device, args.ddp_timeout_s)
     hf_args = training_arguments(
         args, plan, **of_device
     )  # before the model: zero.Init finds the ZeRO JSON through it
@@ -188,6 +196,9 @@ def train_rank(
                 f"the disk or quota of {folder} is full; free some space and run the same command: it resumes "
                 "from the last complete checkpoint"
             ) from error
+        if isinstance(error, dist.DistError) or any(text in str(error) for text in LOST_PEER):
+            log.debug("rank %d lost another: %s", rank, error)
+            raise LostRanks from error
         log.error("rank %d failed: %s: %s", rank, type(error).__name__, error)
         raise
 

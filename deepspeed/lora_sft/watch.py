@@ -8,12 +8,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
+from deepspeed.constants import default_pg_timeout
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -54,6 +56,7 @@ def watching(
         Overflow(trainer, metrics, folder, plan.dtype),
         stopped,  # after Overflow: a run that is stopped saves, whatever the last step was
         Checkpoints(folder, args.save_total_limit),
+        Patience(args.ddp_timeout_s),  # after the others' collectives
     ]
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -257,6 +260,20 @@ class Stop(TrainerCallback):
         if asked.item():
             self.stopped = True
             control.should_save = control.should_training_stop = True
+
+
+class Patience(TrainerCallback):
+    """How long a rank waits for another: a node whose cable was pulled never answers. Within a step they are together;
+    between steps, as while the model loads, one may write or read for longer, and DeepSpeed's 600 s hold."""
+
+    def __init__(self, timeout_s: int) -> None:
+        self.timeout_s = timeout_s
+
+    def on_step_begin(self, hf_args, state, control, **_):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_s))
+
+    def on_step_end(self, hf_args, state, control, **_):
+        dist.distributed_c10d._set_pg_timeout(default_pg_timeout)
 
 
 class Checkpoints(TrainerCallback):
