@@ -69,7 +69,7 @@ test-v100: .venv-v100/.installed  ## parity and resume in the environment for Vo
 	@VENV=.venv-v100; source ./env.sh && python -P -m pytest -m v100
 
 lint: .venv/.installed  ## ruff and shellcheck
-	@$(RUN) ruff check . && ruff format --check . && shellcheck -x env.sh deepspeed/*.sh .ci/run handout/autograder/*
+	@$(RUN) ruff check . && ruff format --check . && shellcheck -x env.sh deepspeed/*.sh tests/cluster/*.sh .ci/run handout/autograder/*
 
 format: .venv/.installed  ## let ruff rewrite the Python files
 	@$(RUN) ruff check --fix . && ruff format .
