@@ -31,7 +31,7 @@ os.environ |= {
     "TRITON_INTERPRET": "1",  # Triton decides when it is imported
     "TORCH_LOGS": "-torch.utils.cpp_extension",
 }
-for name in ("STOP_FILE", "GPU_MEMORY_CAP_GIB", "SLURM_JOB_END_TIME"):
+for name in ("STOP_FILE", "GPU_MEMORY_CAP_GIB", *(name for name in os.environ if name.startswith("SLURM_"))):
     os.environ.pop(name, None)
 
 settings.register_profile("repository", deadline=None, database=None, max_examples=50)

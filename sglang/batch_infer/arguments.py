@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -93,6 +95,9 @@ class Arguments:
     tp_size: int = flag(1, "GPUs that share one copy of the model")
     dp_size: int = flag(0, "copies of the model (0: as many as the visible GPUs allow)")
     engine_args: str = flag("{}", "JSON object of sglang.Engine arguments that override what is chosen here")
+    shard: str = flag(
+        "1/1", "K/N: answers the K-th of N parts, for job arrays; the tasks of srun take theirs from Slurm"
+    )
     device: str = flag("cuda", "cuda or cpu; the CPU is never chosen silently")
     rehearse: bool = flag(
         False, "small model and shipped instructions on the CPU, everything else as in the real job"
@@ -115,19 +120,47 @@ class Arguments:
         return self.preflight_only or self.download_only
 
     @property
+    def place(self) -> tuple[int, int]:
+        """(number of this shard, from 1; how many there are)"""
+        number, shards = self.shard.split("/")
+        return int(number), int(shards)
+
+    @property
+    def writer(self) -> str:
+        """Distinguishes what shards write beside each other."""
+        return f".{self.place[0]}" if self.place[1] > 1 else ""
+
+    @property
+    def job(self) -> str | None:
+        """The Slurm job that other shards, or an earlier start, may have begun: --overwrite keeps what it wrote."""
+        return slurm_job() if self.place[1] > 1 or "SLURM_RESTART_COUNT" in os.environ else None
+
+    @property
     def own_engine_args(self) -> dict:
         return json.loads(self.engine_args)
 
     def identity(self) -> dict:
         """What makes two commands the same run: every flag that changes the answers."""
         other = {"output_file", "policy", "batch_size", "max_running_requests", "dp_size", "overwrite"}
-        other |= {"preflight_only", "download_only", "rehearse"}
+        other |= {"preflight_only", "download_only", "rehearse", "shard"}
         same = {name: value for name, value in asdict(self).items() if name not in other}
         changing = {name: value for name, value in self.own_engine_args.items() if name not in RESOURCES_ONLY}
         same["engine_args"] = json.dumps(changing, sort_keys=True)
         if self.rehearse and Path(self.model_path).parent == self.folder:
             same["model_path"] = TINY_MODEL  # built in each output folder from the same seed
         return same
+
+
+def slurm_job() -> str | None:
+    """The same for all tasks of an array or a step, and when they are requeued; another for the next step of a job."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+    return job and f"{job}.{os.environ.get('SLURM_STEP_ID', 'batch')}"
+
+
+def slurm_shard() -> str:
+    """Of a task that srun started beside others."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    return f"{int(os.environ['SLURM_PROCID']) + 1}/{tasks}" if tasks > 1 else "1/1"
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -139,8 +172,9 @@ def parse(argv: list[str]) -> Arguments:
         description="Answers a list of prompts with the SGLang Runtime, every record in flight together.",
         epilog="Arguments of sglang.Engine itself go into --engine_args.",
     )
+    given.setdefault("shard", slurm_shard())
     if given.get("rehearse"):
-        stamp = time.strftime("%Y%m%d-%H%M%S")
+        stamp = slurm_job() or time.strftime("%Y%m%d-%H%M%S")
         given = REHEARSAL_DEFAULTS | given
         given.setdefault("output_file", str(REHEARSAL / "runs" / stamp / "outputs.jsonl"))
     args = _with_paths(Arguments(**given))
@@ -159,7 +193,7 @@ def _with_paths(args: Arguments) -> Arguments:
     output = Path(args.output_file).absolute()
     if output.is_dir():
         raise UserError(f"--output_file {output}: is a folder; name a file, such as .../outputs.jsonl")
-    if output.name in ("outputs_all.json", "summary.json", "outputs.partial.jsonl"):
+    if output.name in ("outputs_all.json", "summary.json") or output.name.startswith("outputs.partial."):
         raise UserError(f"--output_file {output}: this name is taken; use outputs.jsonl")
     return replace(
         args,
@@ -177,6 +211,14 @@ def check_ranges(args: Arguments) -> None:
         value = getattr(args, name)
         if not (value >= limit and math.isfinite(value)):
             raise UserError(f"--{name} {value}: must be at least {limit}")
+    place = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    if not place or not 1 <= int(place[1]) <= int(place[2]):
+        raise UserError(f"--shard {args.shard}: must be K/N with K from 1 to N, such as 2/8")
+    if args.overwrite and int(place[2]) > 1 and not slurm_job():
+        raise UserError(
+            "--overwrite with --shard: outside a Slurm job each shard would remove the others' answers; remove the old "
+            "files yourself, or name another --output_file"
+        )
     if args.seed >= 2**32:
         raise UserError(f"--seed {args.seed}: must be below 2**32")
     if not 0 < args.top_p <= 1:
