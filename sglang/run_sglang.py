@@ -49,6 +49,8 @@ def main(argv: list[str]) -> int:
     try:
         args = parse(argv)
         print_given(argv)
+        if args.nodes[0]:
+            return supervise(lambda: job(args), args.folder, args.overwrite)
         with claim(args.folder, "--output_file", args.writer):
             if args.overwrite and not store.finished_by(args.folder, args.job):
                 store.stored_identity(args.folder)  # raises for files that are not this program's
@@ -83,6 +85,8 @@ def job(args: Arguments) -> int:
     report.print_start(args, part, todo)
 
     run = decide(args, inputs, records, part, todo)
+    if args.nodes[0]:
+        return start.serve_first_node(run.chosen)
     this_start = report.ThisStart()
     if todo:
         engine_args.print_choices(run.chosen)

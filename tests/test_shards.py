@@ -66,6 +66,18 @@ def test_a_task_of_srun_knows_its_part(environment, flags, expected, monkeypatch
     assert parse(flags).shard == expected
 
 
+def test_the_nodes_of_one_engine_are_no_shards(monkeypatch):
+    """SGLang's own nnodes goes through; the rank is the task's, and node 0 alone claims the folder."""
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    own = {"nnodes": 2, "dist_init_addr": "n1:20000"}
+    args = parse(["--engine_args", json.dumps(own), "--tp_size", "16"])
+    assert (args.shard, args.nodes) == ("1/1", (1, 2))
+    assert args.own_engine_args == own | {"node_rank": 1}
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert args.identity() == parse(["--engine_args", json.dumps(own), "--tp_size", "16"]).identity()
+
+
 @pytest.mark.parametrize("text", ["0/8", "9/8", "1", "a/b", "1/0", "1.5/2"])
 def test_a_part_that_is_none_is_refused(text):
     with pytest.raises(UserError, match=r"must be K/N with K from 1 to N"):
@@ -225,7 +237,7 @@ def test_overwrite_spares_what_the_same_slurm_job_wrote(shard, whole, tmp_path, 
     monkeypatch.delenv("SLURM_JOB_ID")
     code, text = shard(tmp_path / "out", "1/2", more=["--overwrite"]).wait()
     assert code == 2
-    assert "outside a Slurm job each shard would remove the others' answers" in text
+    assert "--overwrite: one shard outside a Slurm job" in text
 
 
 def test_a_stopped_shard_goes_on(shard, whole, tmp_path):

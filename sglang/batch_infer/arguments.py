@@ -33,6 +33,7 @@ RESOURCES_ONLY = {
     *("mem_fraction_static", "max_running_requests", "max_total_tokens", "schedule_conservativeness"),
     *("schedule_policy", "cuda_graph_max_bs_decode", "cuda_graph_bs_decode", "dp_size", "log_level"),
     *("watchdog_timeout", "load_balance_method", "cuda_graph_backend_prefill"),
+    *("nnodes", "node_rank", "dist_init_addr"),
 }
 
 # What --jump_forward was built and tested with, of what --engine_args can change.
@@ -136,6 +137,12 @@ class Arguments:
         return slurm_job() if self.place[1] > 1 or "SLURM_RESTART_COUNT" in os.environ else None
 
     @property
+    def nodes(self) -> tuple[int, int]:
+        """(rank of this node, how many there are) of an engine that is spread over nodes"""
+        own = self.own_engine_args
+        return own.get("node_rank", 0), own.get("nnodes", 1)
+
+    @property
     def own_engine_args(self) -> dict:
         return json.loads(self.engine_args)
 
@@ -172,14 +179,23 @@ def parse(argv: list[str]) -> Arguments:
         description="Answers a list of prompts with the SGLang Runtime, every record in flight together.",
         epilog="Arguments of sglang.Engine itself go into --engine_args.",
     )
-    given.setdefault("shard", slurm_shard())
     if given.get("rehearse"):
         stamp = slurm_job() or time.strftime("%Y%m%d-%H%M%S")
         given = REHEARSAL_DEFAULTS | given
         given.setdefault("output_file", str(REHEARSAL / "runs" / stamp / "outputs.jsonl"))
     args = _with_paths(Arguments(**given))
     check_ranges(args)
-    args = replace(args, engine_args=json.dumps(_checked_engine_args(args), sort_keys=True))
+    own = _checked_engine_args(args)
+    if own.get("nnodes", 1) > 1:  # the tasks of srun are the nodes of one engine
+        own.setdefault("node_rank", int(os.environ.get("SLURM_PROCID", 0)))
+    elif "shard" not in given:
+        args = replace(args, shard=slurm_shard())
+    args = replace(args, engine_args=json.dumps(own, sort_keys=True))
+    if args.overwrite and (args.nodes[1] > 1 or (args.place[1] > 1 and not slurm_job())):
+        raise UserError(
+            "--overwrite: one shard outside a Slurm job, or one node of an engine, would remove what the others write; "
+            "remove the old files yourself, or name another --output_file"
+        )
     if "model_path" in given:
         return args
     if args.lora_path:
@@ -214,11 +230,6 @@ def check_ranges(args: Arguments) -> None:
     place = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     if not place or not 1 <= int(place[1]) <= int(place[2]):
         raise UserError(f"--shard {args.shard}: must be K/N with K from 1 to N, such as 2/8")
-    if args.overwrite and int(place[2]) > 1 and not slurm_job():
-        raise UserError(
-            "--overwrite with --shard: outside a Slurm job each shard would remove the others' answers; remove the old "
-            "files yourself, or name another --output_file"
-        )
     if args.seed >= 2**32:
         raise UserError(f"--seed {args.seed}: must be below 2**32")
     if not 0 < args.top_p <= 1:
@@ -264,7 +275,7 @@ def _checked_engine_args(args: Arguments) -> dict:
         raise UserError(f"--engine_args, column {error.colno}: not valid JSON ({error.msg})") from error
     if not isinstance(own, dict):
         raise UserError('--engine_args: expected a JSON object, such as \'{"schedule_policy": "lpm"}\'')
-    for name in ("context_length", "dp_size", "tp_size"):
+    for name in ("context_length", "dp_size", "tp_size", "nnodes"):
         value = own.get(name, 1)
         if not isinstance(value, int) or value < 1:
             raise UserError(f"--engine_args: {name} must be a whole number of at least 1")
