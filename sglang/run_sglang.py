@@ -49,8 +49,6 @@ def main(argv: list[str]) -> int:
     try:
         args = parse(argv)
         print_given(argv)
-        if args.nodes[0]:
-            return supervise(lambda: job(args), args.folder, args.overwrite)
         with claim(args.folder, "--output_file", args.writer):
             if args.overwrite and not store.finished_by(args.folder, args.job):
                 store.stored_identity(args.folder)  # raises for files that are not this program's

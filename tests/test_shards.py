@@ -72,7 +72,7 @@ def test_the_nodes_of_one_engine_are_no_shards(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     own = {"nnodes": 2, "dist_init_addr": "n1:20000"}
     args = parse(["--engine_args", json.dumps(own), "--tp_size", "16"])
-    assert (args.shard, args.nodes) == ("1/1", (1, 2))
+    assert (args.shard, args.nodes, args.writer) == ("1/1", (1, 2), ".node1")
     assert args.own_engine_args == own | {"node_rank": 1}
     monkeypatch.setenv("SLURM_PROCID", "0")
     assert args.identity() == parse(["--engine_args", json.dumps(own), "--tp_size", "16"]).identity()

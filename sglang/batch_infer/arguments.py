@@ -128,7 +128,9 @@ class Arguments:
 
     @property
     def writer(self) -> str:
-        """Distinguishes what shards write beside each other."""
+        """Distinguishes shards, or the nodes of an engine, that share the output folder; "" of what has it alone."""
+        if self.nodes[1] > 1:
+            return f".node{self.nodes[0]}"
         return f".{self.place[0]}" if self.place[1] > 1 else ""
 
     @property
