@@ -143,7 +143,7 @@ def test_shards_build_the_rehearsals_model_at_the_same_time(transformers, tmp_pa
 
 
 def test_two_shards_write_what_one_run_does(run_inference, flags, uninterrupted_inference, tmp_path):
-    """The real Runtime. The second is started twice: a third part of the work is left to nobody."""
+    """The real Runtime."""
     out = ["--output_file", tmp_path / "outputs.jsonl"]
     code, text = run_inference(*flags, *out, "--shard", "2/2").wait()
     assert code == 0, text
@@ -189,8 +189,12 @@ def whole(shard, tmp_path_factory):
     return folder
 
 
+def slow() -> None:
+    stand_in(answer_s=0.2)
+
+
 def test_shards_that_run_together_end_with_the_same_files(shard, whole, tmp_path):
-    running = [shard(tmp_path, f"{k}/4") for k in range(1, 5)]
+    running = [shard(tmp_path, f"{k}/4", slow) for k in range(1, 5)]
     codes = [process.wait() for process in running]
     assert Counter(code for code, _ in codes) == {0: 3, 3: 1}, codes  # the bad record is of the first
     assert answers(tmp_path) == answers(whole)
@@ -241,9 +245,6 @@ def test_overwrite_spares_what_the_same_slurm_job_wrote(shard, whole, tmp_path, 
 
 
 def test_a_stopped_shard_goes_on(shard, whole, tmp_path):
-    def slow() -> None:
-        stand_in(answer_s=0.05)
-
     process = shard(tmp_path, "1/2", slow)
     process.wait_for(lambda: len(partial_rows(tmp_path)) > 3)
     os.kill(process.pid, signal.SIGUSR1)
