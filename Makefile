@@ -77,7 +77,7 @@ test-cluster: .venv/.installed  ## break runs on a real Slurm of two nodes and r
 	@$(RUN) python -P tests/cluster/campaign.py --kills $(KILLS)
 
 lint: .venv/.installed  ## ruff and shellcheck
-	@$(RUN) ruff check . && ruff format --check . && shellcheck -x env.sh deepspeed/*.sh deepspeed/job.sbatch tests/cluster/*.sh .ci/run handout/autograder/*
+	@$(RUN) ruff check . && ruff format --check . && shellcheck -x env.sh deepspeed/*.sh deepspeed/job.sbatch sglang/job.sbatch tests/cluster/*.sh .ci/run handout/autograder/*
 
 format: .venv/.installed  ## let ruff rewrite the Python files
 	@$(RUN) ruff check --fix . && ruff format .

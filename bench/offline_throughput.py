@@ -220,8 +220,8 @@ def ours(
     set_up_environment(args, inputs, environment)
     engine_args.check_own(args.own_engine_args)
     records = records_of(work, args)
-    run = run_sglang.decide(args, inputs, records, records)
-    (FOLDER / store.PARTIAL).unlink(missing_ok=True)
+    run = run_sglang.decide(args, inputs, records, records, records)
+    store.remove_partial(FOLDER)
     partial = store.PartialFile(FOLDER, {}, {})
     times = run_sglang.answer(run, partial)
     partial.close()
@@ -239,7 +239,7 @@ def theirs(
     )
     ours = dict.fromkeys(engine_args.environment(args))
     if args.device == "cpu":  # where they do not run
-        chosen, ours = run_sglang.decide(args, inputs, records, records).chosen, {}
+        chosen, ours = run_sglang.decide(args, inputs, records, records, records).chosen, {}
     set_up_environment(args, inputs, ours)
     started = start.start(args, chosen, inputs.model, records)
     batch, answers, began = int(row.partition("batches_")[2] or len(records)), [], time.monotonic()

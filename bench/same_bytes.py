@@ -36,7 +36,7 @@ sys.path.extend(str(Path(__file__).resolve().parents[1] / name) for name in ("be
 import shapes
 
 from batch_infer.arguments import REHEARSAL
-from batch_infer.store import ALL, PARTIAL, SUMMARY, count_answers
+from batch_infer.store import ALL, SUMMARY, count_answers
 from workbench import UserError
 from workbench.files import commit, write_json
 from workbench.machine import driver_version
@@ -108,12 +108,12 @@ def kill_once(command: list[str], folder: Path, kill_at: int) -> int:
     """Kills the command with -9 once it has `kill_at` answers; returns how many it had."""
     with (folder / "terminal.txt").open("wb") as terminal:
         process = subprocess.Popen(command, stdout=terminal, stderr=subprocess.STDOUT, start_new_session=True)
-        while count_answers(folder / PARTIAL) < kill_at and process.poll() is None:
+        while count_answers(folder) < kill_at and process.poll() is None:
             time.sleep(0.02)
         process.kill()  # its child dies with it, and the engine with that
         if process.wait() != -signal.SIGKILL:
             raise UserError(f"ended before {kill_at} answers were there, see {folder / 'terminal.txt'}")
-    answered = count_answers(folder / PARTIAL)
+    answered = count_answers(folder)
     time.sleep(5)  # until the GPU's memory is free again
     return answered
 

@@ -39,7 +39,8 @@ class Run:
     args: Arguments
     inputs: Inputs
     records: list[Record]
-    todo: list[Record]  # of the records, those that have no answer yet
+    part: list[Record]  # of the records, this shard's: all, if there is one
+    todo: list[Record]  # of the part, those that have no answer yet
     order: Order
     chosen: EngineArgs
 
@@ -48,16 +49,17 @@ def main(argv: list[str]) -> int:
     try:
         args = parse(argv)
         print_given(argv)
-        with claim(args.folder, "--output_file"):
-            if args.overwrite:
+        with claim(args.folder, "--output_file", args.writer):
+            if args.overwrite and not store.finished_by(args.folder, args.job):
                 store.stored_identity(args.folder)  # raises for files that are not this program's
             elif not args.only_looking:
                 store.check_owner(args.folder, args.identity())
                 if store.finished(args.folder):
                     store.check_inputs(args.folder, preflight.local_inputs(args))
+                    store.remove_partial(args.folder)  # a kill may have left it
                     print(f"{args.folder} holds this run, finished; nothing to do (--overwrite starts anew)")
                     return 0
-            return supervise(lambda: job(args), args.folder, args.overwrite)
+            return supervise(lambda: job(args), args.folder, args.overwrite, args.place[0])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,17 +75,22 @@ def job(args: Arguments) -> int:
         return 0
     os.environ |= inputs.machine.compiler | {"HF_HUB_OFFLINE": "1"}  # preflight has fetched everything
     records = tokenise(args, inputs)
-    partial, todo = store.open_run(args, records, inputs.made_on)
-    report.print_start(records, todo)
+    part, partial = order.shard(args, records), store.open_run(args, records, inputs.made_on)
+    todo = [record for record in part if not record.error and not partial.done(record)]
+    if todo and store.finished(args.folder):
+        print(f"another shard has just finished this run in {args.folder}; nothing to do")
+        return 0
+    report.print_start(args, part, todo)
 
-    run = decide(args, inputs, records, todo)
+    run = decide(args, inputs, records, part, todo)
+    if args.nodes[0]:
+        return start.serve_first_node(run.chosen)
     this_start = report.ThisStart()
     if todo:
         engine_args.print_choices(run.chosen)
         this_start = answer(run, partial)
     if this_start is None:
-        done = sum("error" not in row for row in partial.rows.values())
-        total = sum(not record.error for record in records)
+        total, done = sum(not record.error for record in part), sum(map(partial.done, part))
         print(f"stopped: {done} of {total} answers are kept; {same_command(args.overwrite)} goes on from there")
         return STOPPED
     return write(run, partial, this_start, time.monotonic() - began)
@@ -107,17 +114,19 @@ def tokenise(args: Arguments, inputs: Inputs) -> list[Record]:
     return prompts.tokenise(inputs.records, args, tokenizer, context, vocab_size, weights)
 
 
-def decide(args: Arguments, inputs: Inputs, records: list[Record], todo: list[Record]) -> Run:
+def decide(
+    args: Arguments, inputs: Inputs, records: list[Record], part: list[Record], todo: list[Record]
+) -> Run:
     """For what is still to answer; where nothing is, for all that was."""
     to_run = todo or [record for record in records if not record.error]
     run_order = order.decide(args, to_run)
     chosen = engine_args.decide(args, inputs.machine, inputs.model, to_run, run_order)
-    return Run(args, inputs, records, todo, run_order, chosen)
+    return Run(args, inputs, records, part, todo, run_order, chosen)
 
 
 def answer(run: Run, partial: PartialFile) -> report.ThisStart | None:
     """Starts the engine and answers `run.todo`. None: a signal stopped it."""
-    args, total = run.args, sum(not record.error for record in run.records)
+    args, total = run.args, sum(not record.error for record in run.part)
     started = start.start(args, run.chosen, run.inputs.model, run.todo)
     engine, stopped = started.engine, asyncio.Event()
     start.stop_on_signals(engine, stopped)
@@ -141,20 +150,30 @@ def answer(run: Run, partial: PartialFile) -> report.ThisStart | None:
 
 
 def write(run: Run, partial: PartialFile, this_start: report.ThisStart, wall_s: float) -> int:
-    """The files and the last lines; returns the exit code."""
+    """The files and the last lines, if no other shard is still at work; returns the exit code."""
     args = run.args
-    store.export(Path(args.output_file), run.records, partial.rows, Path(args.model_path).name)
-    if run.todo or not (args.folder / store.SUMMARY).exists():
-        fresh = [partial.rows[r.index] for r in run.todo if "output" in partial.rows.get(r.index, {})]
-        gpus = run.chosen.values["dp_size"] * run.chosen.values["tp_size"]
-        of_start = report.rates(fresh, this_start, run.inputs, gpus) | {"wall_s": wall_s}
-    else:  # nothing was generated: it is of the start before
-        of_start = store.stored_summary(args.folder)
+    fresh = [partial.rows[r.index] for r in run.todo if "output" in partial.rows.get(r.index, {})]
+    gpus = run.chosen.values["dp_size"] * run.chosen.values["tp_size"]
+    of_start = report.rates(fresh, this_start, run.inputs, gpus) | {"wall_s": wall_s}
+    partial.close(args.shard, of_start if run.todo else None)
+    partial.read()  # what other shards have by now
+    code = 0 if all(map(partial.done, run.part)) else 3
+    left = sum(not record.error and record.index not in partial.rows for record in run.records)
+    if left:
+        if store.finished(args.folder):
+            print(f"another shard has written the files in {args.folder}")
+        else:
+            print(
+                f"shard {args.shard}: done; {left} records of others are left, and who ends last writes the files"
+            )
+        return code
+    store.export(args, run.records, partial.rows)
+    of_shards = {shard: start for shard, start in partial.starts.items() if shard.endswith(f"/{args.place[1]}")}
+    of_start = report.together(of_shards or {args.shard: of_start})
     summary = report.finish(args, run.inputs, run.chosen, run.records, partial, of_start)
-    partial.close()
     if not summary["failed_records"]:
         partial.remove()
-    return 3 if summary["failed_records"] else 0
+    return code
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 The parent (pytest) must not start threads or compute with torch: children are forked from it.
 """
 
+import asyncio
 import json
 import os
 import signal
@@ -110,9 +111,10 @@ def summary_of(folder: Path) -> dict:
 
 
 def partial_rows(folder: Path) -> list[dict]:
-    """What outputs.partial.jsonl holds of records."""
-    path = folder / "outputs.partial.jsonl"
-    rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    """What the partial files hold of records."""
+    from batch_infer import store
+
+    rows = [row for path in store.partial_files(folder) for row in store.read_rows(path)]
     return [row for row in rows if "index" in row]
 
 
@@ -121,6 +123,61 @@ def keep_the_ids() -> None:
     from batch_infer.store import PartialFile
 
     PartialFile.remove = lambda self: None
+
+
+class StandIn:
+    """An engine that answers at once, for what this program does around it."""
+
+    def __init__(self, answer_tokens: int, answer_s: float) -> None:
+        self.loop, self.tokenizer_manager = asyncio.new_event_loop(), self
+        self.running, self.answer_s = asyncio.Semaphore(256), answer_s
+        self.ids = [300 + i for i in range(answer_tokens)]
+
+    def auto_create_handle_loop(self) -> None: ...
+
+    def shutdown(self) -> None: ...
+
+    def get_server_info(self) -> dict:
+        return {"max_total_num_tokens": 10**6}
+
+    async def async_generate(self, input_ids, sampling_params, stream=False, **_):
+        async with self.running:
+            await asyncio.sleep(self.answer_s)
+        usage = {"prompt_tokens": len(input_ids), "cached_tokens": 0, "completion_tokens": len(self.ids)}
+        ids = [token + 0 for token in self.ids]  # each answer's own
+        found = {"text": f"{input_ids[-9:]} " + "word " * len(ids), "output_ids": ids}
+        found["meta_info"] = {"finish_reason": {"type": "stop"}, **usage}
+
+        async def chunks():
+            yield found
+
+        return chunks() if stream else found
+
+
+def stand_in(answer_tokens: int = 4, answer_s: float = 0.002) -> None:
+    import run_sglang
+
+    started = run_sglang.start.Started(StandIn(answer_tokens, answer_s), 0.0, 0.0)
+    run_sglang.start.start = lambda *_: started
+
+
+def killed_at(name: str, number: int, behind: bool):
+    """A patch: kill -9 at (or just behind) the n-th time that a file of that name is synced to disk."""
+
+    def patch() -> None:
+        stand_in()
+        sync, left = os.fsync, [number]
+
+        def counting(file: int) -> None:
+            left[0] -= name in os.readlink(f"/proc/self/fd/{file}")
+            if behind or left[0]:
+                sync(file)
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.fsync = counting
+
+    return patch
 
 
 def greedy_ids(base: Path, adapter: Path, texts: list[str], tokens: int, out: Path) -> None:

@@ -1,10 +1,7 @@
 """OpenAI's batch files: lines to records, a record's own parameters, the two files, and kills at any point."""
 
-import asyncio
 import json
-import os
 import re
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import pytest
 from batch_infer import batch_file, prompts
 from batch_infer.arguments import Arguments
 from batch_infer.prompts import GREEDY_DRAW, Record
-from harness import partial_rows
+from harness import killed_at, partial_rows, stand_in
 
 CHAT, COMPLETIONS = batch_file.FORMS
 USER = [{"role": "user", "content": "Say something."}]
@@ -268,61 +265,6 @@ def test_bytes_do_not_depend_on_what_runs_beside(run_inference, answered, tmp_pa
 
 
 # --- nothing is lost, and little is held --------------------------------------------------------------
-
-
-class StandIn:
-    """An engine that answers at once, for what this program does around it."""
-
-    def __init__(self, answer_tokens: int, answer_s: float) -> None:
-        self.loop, self.tokenizer_manager = asyncio.new_event_loop(), self
-        self.running, self.answer_s = asyncio.Semaphore(256), answer_s
-        self.ids = [300 + i for i in range(answer_tokens)]
-
-    def auto_create_handle_loop(self) -> None: ...
-
-    def shutdown(self) -> None: ...
-
-    def get_server_info(self) -> dict:
-        return {"max_total_num_tokens": 10**6}
-
-    async def async_generate(self, input_ids, sampling_params, stream=False, **_):
-        async with self.running:
-            await asyncio.sleep(self.answer_s)
-        usage = {"prompt_tokens": len(input_ids), "cached_tokens": 0, "completion_tokens": len(self.ids)}
-        ids = [token + 0 for token in self.ids]  # each answer's own
-        found = {"text": f"{input_ids[-9:]} " + "word " * len(ids), "output_ids": ids}
-        found["meta_info"] = {"finish_reason": {"type": "stop"}, **usage}
-
-        async def chunks():
-            yield found
-
-        return chunks() if stream else found
-
-
-def stand_in(answer_tokens: int = 4, answer_s: float = 0.002) -> None:
-    import run_sglang
-
-    started = run_sglang.start.Started(StandIn(answer_tokens, answer_s), 0.0, 0.0)
-    run_sglang.start.start = lambda *_: started
-
-
-def killed_at(name: str, number: int, behind: bool):
-    """A patch: kill -9 at (or just behind) the n-th time that a file of that name is synced to disk."""
-
-    def patch() -> None:
-        stand_in()
-        sync, left = os.fsync, [number]
-
-        def counting(file: int) -> None:
-            left[0] -= name in os.readlink(f"/proc/self/fd/{file}")
-            if behind or left[0]:
-                sync(file)
-            if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        os.fsync = counting
-
-    return patch
 
 
 FILES = ("outputs.jsonl", "outputs_all.json", "batch_output", "batch_errors", "summary.json")

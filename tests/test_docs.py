@@ -15,15 +15,8 @@ from lora_sft.arguments import Arguments as Training
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "handout" / "ASSIGNMENT.md"]
 README = PAGES[0].read_text()
-OTHERS = {
-    "gres",
-    "mem",
-    "time",
-    "signal",
-    "no",
-    "host",
-    "wait",
-}  # Slurm's, pip's --no-deps, sglang serve's --host
+# Slurm's, pip's --no-deps, sglang serve's --host
+OTHERS = {"gres", "mem", "time", "signal", "array", "ntasks", "wait", "no", "host"}
 FOREIGN = ("module 'deepspeed' has no attribute", "Connection reset by peer")  # Python's and gloo's
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 

@@ -58,6 +58,14 @@ def test_gpus_that_cannot_be_used(monkeypatch, gpus, flags, expected):
         machine.look(Arguments(**flags))
 
 
+def test_a_copy_over_two_nodes_needs_half_of_its_gpus_on_each(monkeypatch):
+    monkeypatch.setattr(machine, "ask_for_gpus", lambda: (H200,) * 4)
+    nodes = '{"nnodes": 2, "node_rank": 1}'
+    assert machine.look(Arguments(tp_size=8, engine_args=nodes))[0].memory_gib == 140.4
+    with pytest.raises(UserError, match="8 GPUs needed, 4 visible"):
+        machine.look(Arguments(tp_size=16, engine_args=nodes))
+
+
 def test_a_shared_gpu_is_a_warning_where_the_pool_is_bounded(monkeypatch):
     monkeypatch.setattr(machine, "ask_for_gpus", lambda: (replace(H200, free_gib=60.0),))
     found, text = machine.look(Arguments(engine_args='{"max_total_tokens": 1000}'))

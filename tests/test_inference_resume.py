@@ -190,6 +190,6 @@ def test_a_run_ends_when_its_bad_record_has_left_the_prompts(run_inference, tmp_
     for rows, expected, left in ((["One.", ""], 3, True), (["One."], 0, False), (["One."], 0, False)):
         prompts.write_text(json.dumps(rows))
         code, text = run_inference(*flags, patch=answer_at_once).wait()
-        assert (code, (out / "outputs.partial.jsonl").exists()) == (expected, left), text
+        assert (code, bool(list(out.glob("outputs.partial*")))) == (expected, left), text
         assert summary_of(out)["records"] == len(rows)
     assert "nothing to do" in text

@@ -208,7 +208,7 @@ def test_a_text_that_cannot_be_tokenised_is_one_records_failure():
 # --- the durable file ---------------------------------------------------------------------------------
 
 
-HEADER = [{"identity": {"seed": 1}}, {"machine": {"gpu_name": "A"}}]
+HEADER = [{"identity": {"seed": 1}, "job": None}, {"machine": {"gpu_name": "A"}}]
 
 
 @given(st.integers(0, 500))
@@ -218,17 +218,16 @@ def test_partial_file_survives_any_cut(tmp_path_factory, cut):
     rows = [{"index": i, "key": f"k{i}", "output": "ü" * i} for i in range(8)]
     for row in rows:
         file.append([row])
-    path = folder / store.PARTIAL
-    assert [json.loads(line) for line in path.read_text().splitlines()] == HEADER + rows
-    data = path.read_bytes()
-    path.write_bytes(data[:cut])
-    complete = data[:cut].count(b"\n")
-    assert store.count_answers(path) == max(0, complete - 2)
+    assert [json.loads(line) for line in file.path.read_text().splitlines()] == HEADER + rows
+    data = file.path.read_bytes()
+    file.path.write_bytes(data[:cut])
+    kept = rows[: max(0, data[:cut].count(b"\n") - 2)]
+    assert store.count_answers(folder) == len(kept)
     again = store.PartialFile(folder, {"seed": 1}, {"gpu_name": "A"})
-    assert list(again.rows.values()) == rows[: max(0, complete - 2)]
+    assert list(again.rows.values()) == kept
     again.append(rows[-1:])
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == HEADER + rows[: max(0, complete - 2)] + rows[-1:]
+    assert file.path.read_bytes() == data[:cut]  # nobody writes in another start's file
+    assert [json.loads(line) for line in again.path.read_text().splitlines()] == HEADER + rows[-1:]
 
 
 def test_a_command_without_an_answer_claims_nothing(tmp_path):
@@ -237,7 +236,7 @@ def test_a_command_without_an_answer_claims_nothing(tmp_path):
     assert not file.path.exists()
     file.close()  # a finished run of failures only
     assert store.stored_identity(tmp_path) == {"engine_args": "typo"}
-    assert store.count_answers(file.path) == 0
+    assert store.count_answers(tmp_path) == 0
 
 
 def test_another_machine_is_remembered(tmp_path):

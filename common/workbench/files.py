@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from . import UserError
@@ -26,9 +26,10 @@ def to_json(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path: Path, value: object) -> None:
-    """Sorted JSON, written as `write_text` does."""
-    write_text(path, json.dumps(to_json(value), indent=2, sort_keys=True, allow_nan=False) + "\n")
+def write_json(path: Path, value: object, writer: str = "") -> None:
+    """Sorted JSON, written as `write_lines` does."""
+    text = json.dumps(to_json(value), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_lines(path, [text], writer)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -36,9 +37,10 @@ def write_text(path: Path, text: str) -> None:
     write_lines(path, [text])
 
 
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Writes a neighbour file and renames it: readers see the old file or the new one, on disk."""
-    temporary = path.with_name(path.name + ".tmp")
+def write_lines(path: Path, lines: Iterable[str], writer: str = "") -> None:
+    """Writes a neighbour file and renames it: readers see the old file or the new one, on disk. Each `writer` that may
+    write `path` at the same time names itself."""
+    temporary = path.with_name(f"{path.name}{writer}.tmp")
     with temporary.open("w", encoding="utf-8") as out:
         out.writelines(lines)
         out.flush()
@@ -47,28 +49,38 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 @contextmanager
-def claim(folder: Path, flag: str):
-    """Holds the folder against a second run while the block runs. The lock is the kernel's (flock, shared
-    with forked children) and disappears with the last process that holds it, however that ends. `flag` is
-    the one that named the folder. Raises UserError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from error
-    with lock:
-        deadline = time.monotonic() + CLAIM_TIMEOUT_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"{flag} {folder}: another run is writing there; wait or name another"
-                    ) from None
-                time.sleep(0.1)
+def claim(folder: Path, flag: str, writer: str = ""):
+    """Holds the folder against a second run while the block runs; a `writer` of several shares it with the others and
+    holds its name against a second of that name. The lock is the kernel's (flock, shared with forked children) and disappears with the last process that holds
+    it, however that ends. `flag` is the one that named the folder. Raises UserError."""
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            locks = {
+                ".lock": fcntl.LOCK_SH,
+                f".lock{writer}": fcntl.LOCK_EX,
+            }  # without a name: one, and exclusive
+            # NFS wants a file that is open for reading to share it, and for writing to hold it alone.
+            found = [(held.enter_context((folder / name).open("a+")), kind) for name, kind in locks.items()]
+        except OSError as error:
+            raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from error
+        for lock, kind in found:
+            _wait_for(lock, kind, f"{flag} {folder}")
         yield
+
+
+def _wait_for(lock, kind: int, where: str) -> None:
+    deadline = time.monotonic() + CLAIM_TIMEOUT_S
+    while True:
+        try:
+            return fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UserError(f"{where}: another run is writing there; wait or name another") from None
+            time.sleep(0.1)
+        except OSError as error:  # Lustre without -o flock, for one
+            print(f"WARNING: {where}: no locks there ({error.strerror}); start one run at a time", flush=True)
+            return None
 
 
 def check_identity(where: str, stored: dict, here: dict, cure: str) -> None:

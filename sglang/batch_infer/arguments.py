@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +32,7 @@ RESOURCES_ONLY = {
     *("mem_fraction_static", "max_running_requests", "max_total_tokens", "schedule_conservativeness"),
     *("schedule_policy", "cuda_graph_max_bs_decode", "cuda_graph_bs_decode", "dp_size", "log_level"),
     *("watchdog_timeout", "load_balance_method", "cuda_graph_backend_prefill"),
+    *("nnodes", "node_rank", "dist_init_addr"),
 }
 
 # What --jump_forward was built and tested with, of what --engine_args can change.
@@ -94,6 +97,9 @@ class Arguments:
         0, "copies of the model (0: as many as the visible GPUs, or at most 4 CPU cores, allow)"
     )
     engine_args: str = flag("{}", "JSON object of sglang.Engine arguments that override what is chosen here")
+    shard: str = flag(
+        "1/1", "K/N: answers the K-th of N parts, for job arrays; the tasks of srun take theirs from Slurm"
+    )
     device: str = flag("cuda", "cuda or cpu; the CPU is never chosen silently")
     rehearse: bool = flag(
         False, "small model and shipped instructions on the CPU, everything else as in the real job"
@@ -116,19 +122,55 @@ class Arguments:
         return self.preflight_only or self.download_only
 
     @property
+    def place(self) -> tuple[int, int]:
+        """(number of this shard, from 1; how many there are)"""
+        number, shards = self.shard.split("/")
+        return int(number), int(shards)
+
+    @property
+    def writer(self) -> str:
+        """Distinguishes shards, or the nodes of an engine, that share the output folder; "" of what has it alone."""
+        if self.nodes[1] > 1:
+            return f".node{self.nodes[0]}"
+        return f".{self.place[0]}" if self.place[1] > 1 else ""
+
+    @property
+    def job(self) -> str | None:
+        """The Slurm job that other shards, or an earlier start, may have begun: --overwrite keeps what it wrote."""
+        return slurm_job() if self.place[1] > 1 or "SLURM_RESTART_COUNT" in os.environ else None
+
+    @property
+    def nodes(self) -> tuple[int, int]:
+        """(rank of this node, how many there are) of an engine that is spread over nodes"""
+        own = self.own_engine_args
+        return own.get("node_rank", 0), own.get("nnodes", 1)
+
+    @property
     def own_engine_args(self) -> dict:
         return json.loads(self.engine_args)
 
     def identity(self) -> dict:
         """What makes two commands the same run: every flag that changes the answers."""
         other = {"output_file", "policy", "batch_size", "max_running_requests", "dp_size", "overwrite"}
-        other |= {"preflight_only", "download_only", "rehearse"}
+        other |= {"preflight_only", "download_only", "rehearse", "shard"}
         same = {name: value for name, value in asdict(self).items() if name not in other}
         changing = {name: value for name, value in self.own_engine_args.items() if name not in RESOURCES_ONLY}
         same["engine_args"] = json.dumps(changing, sort_keys=True)
         if self.rehearse and Path(self.model_path).parent == self.folder:
             same["model_path"] = TINY_MODEL  # built in each output folder from the same seed
         return same
+
+
+def slurm_job() -> str | None:
+    """The same for all tasks of an array or a step, and when they are requeued; another for the next step of a job."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+    return job and f"{job}.{os.environ.get('SLURM_STEP_ID', 'batch')}"
+
+
+def slurm_shard() -> str:
+    """Of a task that srun started beside others."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    return f"{int(os.environ['SLURM_PROCID']) + 1}/{tasks}" if tasks > 1 else "1/1"
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -141,12 +183,22 @@ def parse(argv: list[str]) -> Arguments:
         epilog="Arguments of sglang.Engine itself go into --engine_args.",
     )
     if given.get("rehearse"):
-        stamp = time.strftime("%Y%m%d-%H%M%S")
+        stamp = slurm_job() or time.strftime("%Y%m%d-%H%M%S")
         given = REHEARSAL_DEFAULTS | given
         given.setdefault("output_file", str(REHEARSAL / "runs" / stamp / "outputs.jsonl"))
     args = _with_paths(Arguments(**given))
     check_ranges(args)
-    args = replace(args, engine_args=json.dumps(_checked_engine_args(args), sort_keys=True))
+    own = _checked_engine_args(args)
+    if own.get("nnodes", 1) > 1:  # the tasks of srun are the nodes of one engine
+        own.setdefault("node_rank", int(os.environ.get("SLURM_PROCID", 0)))
+    elif "shard" not in given:
+        args = replace(args, shard=slurm_shard())
+    args = replace(args, engine_args=json.dumps(own, sort_keys=True))
+    if args.overwrite and (args.nodes[1] > 1 or (args.place[1] > 1 and not slurm_job())):
+        raise UserError(
+            "--overwrite: one shard outside a Slurm job, or one node of an engine, would remove what the others write; "
+            "remove the old files yourself, or name another --output_file"
+        )
     if "model_path" in given:
         return args
     if args.lora_path:
@@ -160,7 +212,7 @@ def _with_paths(args: Arguments) -> Arguments:
     output = Path(args.output_file).absolute()
     if output.is_dir():
         raise UserError(f"--output_file {output}: is a folder; name a file, such as .../outputs.jsonl")
-    if output.name in ("outputs_all.json", "summary.json", "outputs.partial.jsonl"):
+    if output.name in ("outputs_all.json", "summary.json") or output.name.startswith("outputs.partial."):
         raise UserError(f"--output_file {output}: this name is taken; use outputs.jsonl")
     return replace(
         args,
@@ -178,6 +230,9 @@ def check_ranges(args: Arguments) -> None:
         value = getattr(args, name)
         if not (value >= limit and math.isfinite(value)):
             raise UserError(f"--{name} {value}: must be at least {limit}")
+    place = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    if not place or not 1 <= int(place[1]) <= int(place[2]):
+        raise UserError(f"--shard {args.shard}: must be K/N with K from 1 to N, such as 2/8")
     if args.seed >= 2**32:
         raise UserError(f"--seed {args.seed}: must be below 2**32")
     if not 0 < args.top_p <= 1:
@@ -223,7 +278,7 @@ def _checked_engine_args(args: Arguments) -> dict:
         raise UserError(f"--engine_args, column {error.colno}: not valid JSON ({error.msg})") from error
     if not isinstance(own, dict):
         raise UserError('--engine_args: expected a JSON object, such as \'{"schedule_policy": "lpm"}\'')
-    for name in ("context_length", "dp_size", "tp_size"):
+    for name in ("context_length", "dp_size", "tp_size", "nnodes"):
         value = own.get(name, 1)
         if not isinstance(value, int) or value < 1:
             raise UserError(f"--engine_args: {name} must be a whole number of at least 1")

@@ -124,12 +124,14 @@ def files(output_file: Path) -> tuple[Path, Path]:
     return output_file.with_name(output), output_file.with_name(errors)
 
 
-def write(output_file: Path, answered: list[tuple[str | None, bool | None, dict]], model: str) -> None:
+def write(
+    output_file: Path, answered: list[tuple[str | None, bool | None, dict]], model: str, writer: str
+) -> None:
     """`answered`: custom_id, without chat template, row of the partial file. In the input's order, without times or
     random ids: the same answers are the same bytes."""
     output, errors = files(output_file)
-    write_lines(output, _lines(answered, model, failed=False))
-    write_lines(errors, _lines(answered, model, failed=True))
+    write_lines(output, _lines(answered, model, failed=False), writer)
+    write_lines(errors, _lines(answered, model, failed=True), writer)
 
 
 def _lines(answered: list, model: str, failed: bool) -> Iterator[str]:

@@ -142,4 +142,4 @@ async def answer_all(
     finally:
         for task in (*tasks, stop):
             task.cancel()
-        await asyncio.gather(*tasks, stop, return_exceptions=True)
+        await asyncio.gather(*tasks, work, stop, return_exceptions=True)

@@ -54,13 +54,14 @@ def look(args: Arguments) -> tuple[Machine, str]:
             raise UserError(
                 f"GPU {index}, {gpu.name}, has compute capability {major}.{minor} and SGLang needs 8.0; {OTHER_GPUS}"
             )
-    wanted = args.tp_size * (args.dp_size or 1)
+    tp = -(-args.tp_size // args.nodes[1])  # a copy may be spread over nodes
+    wanted = tp * (args.dp_size or 1)
     if wanted > len(gpus):
         raise UserError(
             f"--tp_size {args.tp_size} --dp_size {args.dp_size or 1}: {wanted} GPUs needed, {len(gpus)} visible "
             f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})"
         )
-    used = gpus[: args.tp_size * (args.dp_size or len(gpus) // args.tp_size)]
+    used = gpus[: tp * (args.dp_size or len(gpus) // tp)]
     shared = _shared_gpu(used)
     if shared and "max_total_tokens" not in args.own_engine_args:  # which bounds the pool
         raise UserError(f"{shared}; --engine_args '{{\"max_total_tokens\": 100000}}' shares a GPU")

@@ -69,23 +69,42 @@ def parts(order: Order, records: list[Record], copies: int, pool_tokens: int) ->
     part of the tokens to compute."""
     if not order.depth_first:
         return [Part(records, Plan(list(range(len(records)))))]
-    keys = _tree_keys(records)
-    answers = [min(r.sampling_params["max_new_tokens"], EXPECTED_ANSWER_TOKENS) for r in records]
-    whole = depth_first(keys, answers, pool_tokens)
-    # What a record has of its own: a shared prefix is computed by each copy that gets a part of its records.
-    costs = [answers[i] + whole.leaves[i].depth - whole.leaves[i].parent.depth for i in whole.order]
-    done, total, members = 0, sum(costs), [[] for _ in range(copies)]
-    for i, cost in zip(whole.order, costs, strict=True):
-        members[done * copies // total].append(i)
+    found = []
+    for copy, mine in enumerate(cut(order, records, copies)):
+        plan = depth_first(_tree_keys(mine), list(map(_answer_tokens, mine)), pool_tokens)
+        found.append(Part(mine, plan, copy if copies > 1 else None))
+    return found
+
+
+def cut(order: Order, records: list[Record], count: int) -> list[list[Record]]:
+    """`count` contiguous parts of the order, with about as many tokens to compute each."""
+    answers = list(map(_answer_tokens, records))
+    if order.depth_first:
+        whole = depth_first(_tree_keys(records), answers, float("inf"))
+        # What a record has of its own: a shared prefix is computed by each part that gets some of its records.
+        costs = {i: answers[i] + whole.leaves[i].depth - whole.leaves[i].parent.depth for i in whole.order}
+    else:
+        costs = {i: answers[i] + len(record.input_ids) for i, record in enumerate(records)}
+    done, total, found = 0, sum(costs.values()), [[] for _ in range(count)]
+    for i, cost in costs.items():
+        found[done * count // total].append(records[i])
         done += cost
-    return [
-        Part(
-            [records[i] for i in mine],
-            depth_first([keys[i] for i in mine], [answers[i] for i in mine], pool_tokens),
-            copy if copies > 1 else None,
-        )
-        for copy, mine in enumerate(members)
-    ]
+    return found
+
+
+def shard(args: Arguments, records: list[Record]) -> list[Record]:
+    """What this shard is to answer, and with the first the records that cannot be. It depends on the records alone, not
+    on what is answered already: shards start when they like."""
+    number, shards = args.place
+    if shards == 1:
+        return records
+    good = [record for record in records if not record.error]
+    mine = cut(decide(args, good), good, shards)[number - 1]
+    return mine if number > 1 else mine + [record for record in records if record.error]
+
+
+def _answer_tokens(record: Record) -> int:
+    return min(record.sampling_params["max_new_tokens"], EXPECTED_ANSWER_TOKENS)
 
 
 def _tree_keys(records: list[Record]) -> list[Ids]:

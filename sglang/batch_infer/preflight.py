@@ -4,10 +4,11 @@ Imports neither torch nor sglang before a GPU is found (but for building a rehea
 model is told within a second or two.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
-import shutil
 import sys
+import tempfile
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,10 +133,10 @@ def build_tiny_model(folder: Path) -> None:
     sys.path.append(str(REHEARSAL))
     from tiny_model import build_qwen2
 
-    temporary = folder.with_name(folder.name + ".tmp")
-    for leftover in (temporary, folder):  # a kill leaves no half-written model behind
-        shutil.rmtree(leftover, ignore_errors=True)
-    build_qwen2(temporary).replace(folder)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        built = build_qwen2(Path(temporary) / folder.name)
+        with contextlib.suppress(OSError):  # another shard was first; it builds the same
+            built.replace(folder)
 
 
 def look_at_prompts(args: Arguments) -> tuple[tuple[list[Record], str, str | None], str]:

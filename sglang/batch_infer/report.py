@@ -21,7 +21,7 @@ from .order import optimum_cached_tokens
 from .parity import Parity
 from .preflight import PACKAGES, Inputs
 from .prompts import Record
-from .store import ALL, LENGTHS, PARTIAL, SUMMARY, PartialFile
+from .store import ALL, LENGTHS, SUMMARY, PartialFile, slurm_job
 
 
 def quiet_libraries(args: Arguments) -> None:
@@ -36,7 +36,9 @@ def quiet_libraries(args: Arguments) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which looks for a GPU
 
 
-def print_start(records: list[Record], todo: list[Record]) -> None:
+def print_start(args: Arguments, records: list[Record], todo: list[Record]) -> None:
+    if args.place[1] > 1:
+        print(f"shard        {args.shard}: {len(records)} records")
     bad = [record for record in records if record.error]
     kept = len(records) - len(bad) - len(todo)
     tokens = sum(len(record.input_ids) for record in todo)
@@ -96,6 +98,9 @@ def roofline_s(lengths: list[tuple[int, int]], model: Model, machine: Machine, g
         moved = model.streamed_bytes + kv_tokens * model.kv_bytes_per_token
         seconds += max(moved / machine.bandwidth, model.streamed_bytes * running / machine.flops)
     return seconds / gpus
+
+
+SECONDS = ("load_s", "compile_s", "generate_s", "wall_s")  # of a start, as `rates` and run_sglang.py name them
 
 
 # --- summary.json -------------------------------------------------------------------------------------
@@ -162,12 +167,27 @@ def rates(rows: list[dict], start: ThisStart, inputs: Inputs, gpus: int) -> dict
     }
 
 
+def together(starts: dict[str, dict]) -> dict:
+    """What `rates` gave for each shard, as if they had run side by side: the slowest one's seconds, all answers."""
+    *_, last = starts.values()
+    if len(starts) == 1:
+        return last
+    found = {name: max(start[name] for start in starts.values()) for name in SECONDS}
+    found["answered_in_this_start"] = sum(start["answered_in_this_start"] for start in starts.values())
+    for name, gpus in (("tokens_per_s", 1), ("roofline_share", len(starts))):
+        weighted = sum((start[name] or 0) * start["generate_s"] for start in starts.values())
+        found[name] = weighted / found["generate_s"] / gpus if weighted else None
+    shards = [{"shard": shard} | {name: start[name] for name in found} for shard, start in starts.items()]
+    return last | found | {"shards": shards}
+
+
 def settings(args: Arguments, inputs: Inputs, chosen: EngineArgs, machines: list[dict]) -> dict:
     """Everything that an equal run needs to have equal. `machines`: of all starts of this run."""
     # A jump depends on what runs beside it, and where the text is tokenised otherwise the answer changes.
     profile = "reproducible" if args.reproducible and not args.jump_forward else "fast"
-    return machines[-1] | {
+    return inputs.made_on | {
         "identity": args.identity(),
+        "job": slurm_job(),
         "profile": profile if len(machines) < 2 else "mixed",
         "machines": machines,
         "arguments": asdict(args),
@@ -201,7 +221,7 @@ def finish(
     for row in summary["without_adapter"]:
         row["with_adapter"] = partial.rows.get(row["index"], {}).get("output")
     plot_lengths(args, records, partial.rows)
-    write_json(args.folder / SUMMARY, summary)
+    write_json(args.folder / SUMMARY, summary, args.writer)
     print_end(args, summary, chosen.serve_line)
     return summary
 
@@ -229,7 +249,9 @@ def plot_lengths(args: Arguments, records: list[Record], rows: dict[int, dict]) 
         axis.axvline(args.max_new_tokens, color="C3", linestyle="--", label=f"cap ({args.max_new_tokens})")
     axis.set(xlabel="answer length [tokens]", ylabel="records", title=f"{len(answered)} answers")
     axis.legend()
-    figure.savefig(args.folder / LENGTHS, dpi=120)
+    temporary = args.folder / f"{LENGTHS}{args.writer}.tmp"  # another shard may end now, too
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(args.folder / LENGTHS)
     plt.close(figure)
 
 
@@ -288,8 +310,6 @@ def print_end(args: Arguments, summary: dict, serve_line: str) -> None:
         f"all          {args.folder / ALL}; {SUMMARY}, {LENGTHS} beside it",
     ]
     if summary["failed_records"]:
-        lines.append(
-            f"FAILED       {summary['failed_records']} records; the same command tries them again ({PARTIAL})"
-        )
+        lines.append(f"FAILED       {summary['failed_records']} records; the same command tries them again")
         lines += [f"  record {failure['index']}: {failure['reason']}" for failure in summary["failures"][:5]]
     print(*lines, f"serve        {serve_line}", sep="\n")

@@ -51,6 +51,17 @@ def start(args: Arguments, chosen: EngineArgs, model: Model, records: list[Recor
     return Started(engine, time.monotonic() - began - compile_s, compile_s)
 
 
+def serve_first_node(chosen: EngineArgs) -> int:
+    """On the other nodes of an engine: its processes work for the first node, which asks and writes, and end with it."""
+    os.environ["SGLANG_BLOCK_NONZERO_RANK_CHILDREN"] = "0"
+    engine = generate.start_engine(chosen.values)
+    signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # what they send when the first node has left
+    engine._scheduler_init_result.block_until_scheduler_exits()
+    engine.shutdown()
+    print("the first node has left; what became of the run stands there")
+    return 0
+
+
 def skip_other_models(architectures: list[str]) -> None:
     """SGLang's scheduler imports every model it knows, 6 s of CPU time; its own switch for leaving some out
     takes module names. A model that no module of its own defines leaves the switch alone."""

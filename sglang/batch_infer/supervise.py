@@ -15,11 +15,10 @@ from workbench.processes import STOP_SIGNALS, STOPPED, die_with_parent
 from . import store
 
 
-def supervise(function: Callable[[], int], folder: Path, overwrite: bool) -> int:
+def supervise(function: Callable[[], int], folder: Path, overwrite: bool, shard: int = 1) -> int:
     """Runs `function` in a child and returns its exit code. If the child was killed, says what is kept:
     75 if this start has gained answers, else 1 (the same command would die again)."""
-    partial = folder / store.PARTIAL
-    before = 0 if overwrite else store.count_answers(partial)
+    before = 0 if overwrite else store.count_answers(folder, shard)
     parent, stops = os.getpid(), []
     sys.stdout.flush()
     pid = os.fork()
@@ -37,7 +36,7 @@ def supervise(function: Callable[[], int], folder: Path, overwrite: bool) -> int
         os.killpg(pid, signal.SIGKILL)  # what a killed job may have left
     if code >= 0:
         return code
-    kept = store.count_answers(partial)
+    kept = store.count_answers(folder, shard)
     where = f"{kept} answers are kept; {same_command(overwrite)} goes on from there"
     if stops:
         print(f"stopped: {where}")
