@@ -66,7 +66,7 @@ def training() -> list[str]:
         zero |= {key: zero[key] * larger for key in PER_LAYER}
         weights, compute_s = sum(base.values()) * 2, measured_s * sum(base.values()) / sum(small.values())
         for gpus in GPUS:
-            how = {"dtype": "fp16", "world_size": gpus, "answer_share": ANSWER_SHARE}
+            how = {"dtype": "fp16", "world_size": gpus, "answer_share": ANSWER_SHARE, "kernels": ("lora",)}
             gib = sum(memory.predict(config, base, lora, args, zero, **how).values())
             gathered = 2 * weights * (gpus - 1) / gpus
             hidden = [share(compute_s, gathered / rate) for rate in LINKS.values()]

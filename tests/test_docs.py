@@ -3,6 +3,8 @@
 import json
 import re
 import statistics
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -216,3 +218,13 @@ def test_every_hook_of_the_plugins_is_listed_with_a_test_that_exists():
         assert target in page, target
     for test in re.findall(r"`(test_\w+)`", page):
         assert f"def {test}(" in source("tests/*.py"), test
+
+
+def test_the_tables_of_scale_are_what_the_script_prints():
+    printed = subprocess.run(
+        [sys.executable, ROOT / "bench" / "scale.py"], capture_output=True, text=True, check=True
+    )
+    pages = (ROOT / "docs" / "fine-tuning.md").read_text() + (ROOT / "docs" / "inference.md").read_text()
+    tables = printed.stdout.strip().split("\n\n")
+    assert len(tables) == 2
+    assert all(f"\n{table}\n" in pages for table in tables)

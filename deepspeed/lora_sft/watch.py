@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from peft.tuners.tuners_utils import BaseTunerLayer
 from deepspeed.constants import default_pg_timeout
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
