@@ -136,9 +136,11 @@ def test_a_first_node_that_falls_silent_while_it_checks_ends_the_others(start_no
         cluster.SILENCE_S = 2
 
     first, second = start_nodes("--output_dir", tmp_path / "out", patches={0: freeze, 1: be_impatient})
-    code, text = second.wait(60)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+    try:
+        code, text = second.wait(60)
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
     assert code == 75
     assert text.endswith("error: node 0 does not answer any more; the same command starts again\n")
 
@@ -199,15 +201,37 @@ def test_a_rank_killed_on_another_node_is_named(start_nodes, tmp_path):
     assert "Traceback" not in text + other_text
 
 
+def test_ranks_that_hang_end_when_others_have_failed(start_nodes, tmp_path):
+    """As in gloo, which waits for the address of a rank that is gone."""
+
+    def hang():
+        import lora_sft.train
+
+        lora_sft.train.train_rank = lambda *_: time.sleep(100)
+
+    def fail():
+        import lora_sft.train
+
+        lora_sft.train.train_rank = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+    first, second = start_nodes("--output_dir", tmp_path / "out", patches={0: hang, 1: fail})
+    assert second.wait(60)[0] == 1
+    code, text = first.wait(30)
+    assert code == 1
+    assert "error: n2 ended first: rank 1 was killed by SIGKILL; last complete checkpoint: none yet" in text
+
+
 def test_a_silent_rank_is_given_up_after_the_timeout(start_nodes, tmp_path):
     """As behind a pulled cable: nothing comes, and no connection closes."""
     out = tmp_path / "out"
-    first, second = start_nodes("--output_dir", out, "--ddp_timeout_s", 3)
+    first, second = start_nodes("--output_dir", out, "--ddp_timeout_s", 3, "--save_steps", 100)
     first.wait_for(lambda: step_of(out) >= 1)
     os.killpg(second.pid, signal.SIGSTOP)
-    code, text = first.wait(60)
-    os.killpg(second.pid, signal.SIGKILL)
-    second.wait()
+    try:
+        code, text = first.wait(60)
+    finally:
+        os.killpg(second.pid, signal.SIGKILL)
+        second.wait()
     assert code == 75, text
     assert "error: no answer from n2 any more; last complete checkpoint: " in text
     assert "Traceback" not in text

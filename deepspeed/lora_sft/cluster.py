@@ -30,6 +30,7 @@ FAREWELL_S = 10.0  # for every node to hear how it ends
 CAUSE_S = 4.0  # for every node to say how it ended
 SHARED = ".start_"  # folders in --output_dir that hold a start's plan and tokens
 START = "start.json"
+ENDED = "ended-"  # files in it: what a node's ranks ended with, if not well
 LOST = 74  # exit code of ranks that lost others: what others ended with is the cause
 PROGRAM = "bash deepspeed/run_llama2_7b_lora.sh"
 
@@ -230,7 +231,7 @@ def explain_end(nodes: Nodes, start: Start, code: int, cause: str, checkpoint: P
     shared = Path(start.shared)
     resume = f"last complete checkpoint: {checkpoint or 'none yet'}; the same command goes on from there"
     with contextlib.suppress(OSError):  # a full disk may be what ended it
-        write_json(shared / f"ended-{nodes.index}", {"name": nodes.here(), "code": code, "cause": cause})
+        write_json(shared / f"{ENDED}{nodes.index}", {"name": nodes.here(), "code": code, "cause": cause})
     if code != LOST:
         print(resume, file=sys.stderr)
         return code
@@ -238,7 +239,7 @@ def explain_end(nodes: Nodes, start: Start, code: int, cause: str, checkpoint: P
     ended: dict[int, dict] = {}
     while time.monotonic() < deadline:
         ended = {
-            int(path.name.split("-")[1]): json.loads(path.read_text()) for path in shared.glob("ended-*[0-9]")
+            int(path.name.split("-")[1]): json.loads(path.read_text()) for path in shared.glob(f"{ENDED}*[0-9]")
         }
         if len(ended) == nodes.count or any(end["code"] != LOST for end in ended.values()):
             break

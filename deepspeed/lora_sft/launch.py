@@ -33,6 +33,7 @@ OTHER_LAUNCHERS = (
     "MPI_",
 )  # DeepSpeed and accelerate would take ranks from them
 GRACE_S = 10.0  # what the others may take to end after one has failed, then as long again after a SIGTERM
+LOOK_S = 5.0  # between looks for what failed elsewhere
 CAUSE = "cause"  # file in the work folder: the line that was printed when a child failed
 
 
@@ -84,8 +85,14 @@ def run_in_child(function: Callable[[], int], work_dir: Path, stop: StopRequest)
     return _run(lambda _: function(), Ranks.alone(1), work_dir, stop)
 
 
-def run_ranks(function: Callable[[int], int], ranks: Ranks, work_dir: Path) -> int:
-    """Exit code of the children that each run `function(rank)` with torch's rendezvous variables set."""
+def run_ranks(
+    function: Callable[[int], int],
+    ranks: Ranks,
+    work_dir: Path,
+    failed_elsewhere: Callable[[], bool] | None = None,
+) -> int:
+    """Exit code of the children that each run `function(rank)` with torch's rendezvous variables set. They are ended if
+    ranks have failed elsewhere: while connections are made, gloo waits for one that is gone."""
 
     def start(local_rank: int) -> int:
         for name in [name for name in os.environ if name.startswith(OTHER_LAUNCHERS)]:
@@ -101,10 +108,16 @@ def run_ranks(function: Callable[[int], int], ranks: Ranks, work_dir: Path) -> i
         }
         return function(rank)
 
-    return _run(start, ranks, work_dir)
+    return _run(start, ranks, work_dir, failed_elsewhere=failed_elsewhere)
 
 
-def _run(function: Callable[[int], int], ranks: Ranks, work_dir: Path, stop: StopRequest | None = None) -> int:
+def _run(
+    function: Callable[[int], int],
+    ranks: Ranks,
+    work_dir: Path,
+    stop: StopRequest | None = None,
+    failed_elsewhere: Callable[[], bool] | None = None,
+) -> int:
     """0 if all children return 0; 2 if one raises a UserError, which is printed once; else the code of the first that
     fails, whose traceback is printed (the others' failures follow from it). A child killed by a signal counts as 1.
     What was printed is in the file `cause`, too."""
@@ -123,13 +136,17 @@ def _run(function: Callable[[int], int], ranks: Ranks, work_dir: Path, stop: Sto
 
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # the error is said below, once
     children = start_processes(child, nprocs=ranks.count, join=False, start_method="fork")
+    looked_s = time.monotonic()
     try:
         while not children.join(timeout=0.1, grace_period=GRACE_S):
-            if stop:
+            lost = False
+            if failed_elsewhere and time.monotonic() > looked_s + LOOK_S:
+                looked_s, lost = time.monotonic(), failed_elsewhere()
+            if stop or lost:
                 for process in children.processes:
                     process.kill()
                     process.join()
-                return STOPPED
+                return LOST if lost else STOPPED
         return 0
     except (ProcessExitedException, ProcessRaisedException) as error:
         who = "the preflight" if stop is not None else f"rank {ranks.first + error.error_index}"

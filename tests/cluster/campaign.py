@@ -204,7 +204,7 @@ class Campaign:
     def disk_full(self) -> None:
         run = Run(self, "disk_full")
         run.out.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", run.out], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", run.out], check=True)
         try:
             for filled in (5.0, 3.0, 1.0):  # MiB that are left: preflight, the first checkpoints
                 run.start(2)
@@ -283,39 +283,23 @@ class Campaign:
         for number in range(tries):
             run, row = Run(self, f"{name.split()[-1]}-{number}"), self.row(name)
             run.out.mkdir()
-            step = [
-                "srun",
-                "-N2",
-                "--gres=gpu:2",
-                "--wait=10",
-                "bash",
-                ROOT / "deepspeed" / "run_llama2_7b_lora.sh",
-            ]
-            command = [
-                HERE / "slurm.sh",
-                self.folder / "slurm",
-                "in",
-                "ctl",
-                *step,
-                *run.flags,
-                "--num_gpus",
-                "1",
-            ]
+            command = f"{HERE}/slurm.sh {self.folder}/slurm in ctl srun -N2 --gres=gpu:2 --wait=10 bash {ROOT}/deepspeed/"
+            command = [*f"{command}run_llama2_7b_lora.sh --num_gpus 1".split(), *run.flags]
             with (run.out.parent / f"{run.out.name}.txt").open("w") as log:
                 env = os.environ | {"VENV": str(Path(sys.executable).parent.parent)}
-                srun = subprocess.Popen(
-                    [*map(str, command), "--max_steps", "6"], stdout=log, stderr=log, env=env
-                )
+                srun = subprocess.Popen(command, stdout=log, stderr=log, env=env)
                 while run.steps() < 1 + 2 * number and srun.poll() is None:
                     time.sleep(0.05)
                 before, struck_s = run.complete(), time.monotonic()
                 self.slurm(*fault)
-                code = srun.wait(300)
+                while "error: " not in Path(log.name).read_text() and srun.poll() is None:
+                    time.sleep(0.05)
+                row.ended_s.append(time.monotonic() - struck_s)
+                srun.wait(300)
             row.tried += 1
-            row.ended_s.append(time.monotonic() - struck_s)
+            self.row(f"{name}: until srun returned").ended_s.append(time.monotonic() - struck_s)
             text = Path(log.name).read_text()
             said = "no answer from n2 any more" in text or "the connections between the nodes failed" in text
-            print(f"{name}: srun ended with {code} after {row.ended_s[-1]:.0f} s")
             if not said or run.lost(before) or row.ended_s[-1] > ENDS_WITHIN_S:
                 row.lost += 1
                 print(text[-3000:])
@@ -336,7 +320,7 @@ class Campaign:
         try:
             for name in only or todo:
                 todo[name]()
-                print(self.rows[list(self.rows)[-1]], flush=True)
+                print(*(row.markdown(name) for name, row in self.rows.items()), sep="\n", flush=True)
         finally:
             if self.slurm_started:
                 self.slurm("stop")
