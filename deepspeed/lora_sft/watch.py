@@ -263,8 +263,8 @@ class Stop(TrainerCallback):
 
 
 class Patience(TrainerCallback):
-    """How long a rank waits for another: a node whose cable was pulled never answers. Within a step they are together;
-    between steps, as while the model loads, one may write or read for longer, and DeepSpeed's 600 s hold."""
+    """How long a rank waits for another: a node whose cable was pulled never answers. From step to step they are together;
+    while the model loads or a checkpoint is written one may take longer, and DeepSpeed's 600 s hold."""
 
     def __init__(self, timeout_s: int) -> None:
         self.timeout_s = timeout_s
@@ -273,7 +273,8 @@ class Patience(TrainerCallback):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_s))
 
     def on_step_end(self, hf_args, state, control, **_):
-        dist.distributed_c10d._set_pg_timeout(default_pg_timeout)
+        if control.should_save or control.should_training_stop:
+            dist.distributed_c10d._set_pg_timeout(default_pg_timeout)
 
 
 class Checkpoints(TrainerCallback):
