@@ -225,7 +225,7 @@ def test_a_silent_rank_is_given_up_after_the_timeout(start_nodes, tmp_path):
     """As behind a pulled cable: nothing comes, and no connection closes."""
     out = tmp_path / "out"
     first, second = start_nodes("--output_dir", out, "--ddp_timeout_s", 3, "--save_steps", 100)
-    first.wait_for(lambda: step_of(out) >= 1)
+    first.wait_for(lambda: step_of(out) >= 2)
     os.killpg(second.pid, signal.SIGSTOP)
     try:
         code, text = first.wait(60)

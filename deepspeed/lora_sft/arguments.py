@@ -121,7 +121,7 @@ class Arguments:
     seed: int = flag(42, "shuffle, adapter initialisation, dropout")
     save_steps: int = flag(50, "optimizer steps between checkpoints")
     save_total_limit: int = flag(2, "complete checkpoints to keep")
-    ddp_timeout_s: int = flag(40, "how long a rank waits for the others within a step: a node may be gone")
+    ddp_timeout_s: int = flag(30, "how long a rank waits for the others, or three steps: a node may be gone")
     report_to: str = flag("none", "none, tensorboard, wandb, ... (as in transformers)")
     rehearse: bool = flag(
         False, "small model and shipped data on 2 CPU ranks, everything else as in the real job"

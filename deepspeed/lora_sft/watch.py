@@ -264,15 +264,20 @@ class Stop(TrainerCallback):
 
 class Patience(TrainerCallback):
     """How long a rank waits for another: a node whose cable was pulled never answers. From step to step they are together;
-    while the model loads or a checkpoint is written one may take longer, and DeepSpeed's 600 s hold."""
+    while the model loads or a checkpoint is written one may take longer, and DeepSpeed's 600 s hold. So they do in the
+    first step, which tells how long one takes: NCCL counts from when the host, which may be a step ahead, has asked."""
 
     def __init__(self, timeout_s: int) -> None:
-        self.timeout_s = timeout_s
+        self.timeout_s, self.step_s, self.began_s = timeout_s, None, 0.0
 
     def on_step_begin(self, hf_args, state, control, **_):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_s))
+        self.began_s = time.monotonic()
+        if self.step_s is not None:
+            patience_s = max(self.timeout_s, 3 * self.step_s)
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=patience_s))
 
     def on_step_end(self, hf_args, state, control, **_):
+        self.step_s = max(self.step_s or 0.0, time.monotonic() - self.began_s)
         if control.should_save or control.should_training_stop:
             dist.distributed_c10d._set_pg_timeout(default_pg_timeout)
 
