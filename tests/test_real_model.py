@@ -95,7 +95,7 @@ def test_greedy_answers_are_those_of_transformers(run_inference, adapter, prompt
     constrained = [{**row, "json_schema": SCHEMA} for row in rows]
     mixed = tmp_path / "mixed.json"
     mixed.write_text(json.dumps([*rows, *({**row, "lora": str(adapter)} for row in rows), *constrained]))
-    flags = ["--model_path", REAL_MODEL, "--prompts", mixed, "--temperature", 0, "--max_new_tokens", 40]
+    flags = ["--model_path", REAL_MODEL, "--prompts", mixed, "--temperature", 0, "--max_new_tokens", 64]
     out = tmp_path / "out"
     code, text = run_inference(*flags, "--output_file", out / "outputs.jsonl", patch=keep_the_ids).wait(900)
     assert code == 0, text

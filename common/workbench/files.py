@@ -125,7 +125,8 @@ def disk_full(error: BaseException, folder: Path) -> bool:
         if any(text in str(seen) for text in ("No space left", "Disk quota exceeded", "os error 28")):
             return True
         seen = seen.__cause__ or seen.__context__
-    writing = any(text in str(error) for text in ("PytorchStreamWriter", "inline_container", "SafetensorError"))
+    texts = ("PytorchStreamWriter", "inline_container", "iostream error", "SafetensorError")
+    writing = any(text in str(error) for text in texts)
     return writing and shutil.disk_usage(folder).free < 2**20
 
 
