@@ -179,7 +179,7 @@ def look_at_kernels(args: Arguments, zero_config: dict, model: FoundModel, gpus:
     from . import kernels
 
     chosen, why = kernels.choose(args, gpus, Path(model.model_folder), zero_config)
-    return Kernels(chosen), f"{', '.join(chosen) or 'none'}: {why}"
+    return Kernels(chosen), f"fused: {', '.join(chosen) or 'nothing'} ({why})"
 
 
 def look_at_data(args: Arguments) -> tuple[tuple[list[dict], list[dict], DataHashes], str]:
