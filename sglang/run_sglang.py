@@ -132,15 +132,22 @@ def answer(run: Run, partial: PartialFile) -> report.ThisStart | None:
     start.stop_on_signals(engine, stopped)
     pool_tokens = engine.get_server_info()["max_total_num_tokens"]
     parts = order.parts(run.order, run.todo, run.chosen.values["dp_size"], pool_tokens)
+
+    async def work() -> list[dict]:
+        base_answers = asyncio.create_task(parity.without_adapter(engine, args, run.todo))
+        try:
+            with report.progress(total, total - len(run.todo)) as on_rows:
+                await generate.answer_all(
+                    engine, parts, partial, stopped, on_rows, args.batch_size, run.order.schedule_policy
+                )
+            return [] if stopped.is_set() else await base_answers
+        finally:
+            base_answers.cancel()
+
     try:
         found = parity.check(engine, args, run.chosen.values.get("dtype"))
-        base_answers = parity.without_adapter(engine, args, run.todo)
         began = time.monotonic()
-        with report.progress(total, total - len(run.todo)) as on_rows:
-            work = generate.answer_all(
-                engine, parts, partial, stopped, on_rows, args.batch_size, run.order.schedule_policy
-            )
-            engine.loop.run_until_complete(work)
+        base_answers = engine.loop.run_until_complete(work())
         generate_s = time.monotonic() - began
     finally:
         engine.shutdown()

@@ -113,14 +113,14 @@ def tiny_qwen2(scratch, transformers) -> Path:
 
 
 @pytest.fixture(scope="session")
-def runtime(transformers):
+def runtime(transformers, tiny_qwen2):
     """Imports SGLang, whose processes are forked from here on."""
     import run_sglang
     import xgrammar  # noqa: F401
 
     from batch_infer.start import fork_engine_processes
 
-    fork_engine_processes()
+    fork_engine_processes(str(tiny_qwen2))
     return run_sglang
 
 

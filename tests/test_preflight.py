@@ -26,7 +26,9 @@ def test_the_likely_most_answer_tokens_of_a_micro_batch():
 def test_gathers_share_the_stream_where_there_are_any(world_size):
     """On one GPU DeepSpeed would wait before every layer for the stream of the gathers, and so for the computation."""
     given = read_zero_config(Arguments().deepspeed)
-    assert preflight.resolve(given, world_size)["zero_optimization"]["overlap_comm"] is (world_size == 1)
+    resolved = preflight.resolve(given, world_size, 7 * 10**9)["zero_optimization"]
+    assert resolved["overlap_comm"] is (world_size == 1)
+    assert resolved["stage3_max_reuse_distance"] == given["zero_optimization"]["stage3_max_reuse_distance"]
     assert given["zero_optimization"]["overlap_comm"] is False
 
 

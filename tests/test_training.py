@@ -226,6 +226,17 @@ def test_weights_are_partitioned_and_gathered_per_layer(start, quick, tmp_path):
         assert max(layer, head) <= max(counts) <= 2 * layer + head, counts
 
 
+def test_a_model_that_may_be_whole_stays_so_until_the_backward_pass(start, quick, tmp_path):
+    """Also after the forward passes of self-test and evaluation, from which DeepSpeed remembers what to release."""
+    flags = ["--max_steps", 4, "--output_dir", tmp_path / "out"]
+    code, text = start(*quick, *flags, patch=lambda: observe_partitions(tmp_path / "seen.json")).wait()
+    assert code == 0, text
+    result = json.loads((tmp_path / "seen.json").read_text())
+    base = sum(size for name, (_, size, _) in result["at_rest"].items() if "lora_" not in name)
+    counts = result["whole"][-1]
+    assert counts[len(counts) // 2] == base, counts  # the first module of the backward pass
+
+
 def test_ranks_share_the_cores(libraries, monkeypatch, tmp_path):
     def look() -> int:
         import torch

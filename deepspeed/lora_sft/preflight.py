@@ -270,7 +270,7 @@ def look_at_lora(
     with torch.device("meta"):
         network = add_adapters(network, args)
     lora_sizes = [p.numel() for name, p in network.named_parameters() if "lora_" in name]
-    zero_config = resolve(zero_config, gpus.world_size)
+    zero_config = resolve(zero_config, gpus.world_size, sum(base.values()))
     predict = functools.partial(
         memory.predict, config.to_dict(), base, lora_sizes, args, zero_config["zero_optimization"], dtype=gpus.dtype,
         world_size=gpus.world_size, answer_share=answer_share, kernels=chosen.kernels,
@@ -326,12 +326,16 @@ def check_leaf_classes(args: Arguments, zero_config: dict, network) -> None:
             )
 
 
-def resolve(zero_config: dict, world_size: int) -> dict:
+def resolve(zero_config: dict, world_size: int, parameters: int) -> dict:
     """The configuration in force. On one GPU DeepSpeed waits for the stream of the gathers before every layer, though
-    there is nothing to gather; that one must not be the stream of the computation."""
+    there is nothing to gather; that one must not be the stream of the computation. A model that may be whole stays so
+    from forward to backward: DeepSpeed counts a module's weights again for each one around it."""
     zero_config = copy.deepcopy(zero_config)
+    zero = zero_config["zero_optimization"]
     if world_size == 1:
-        zero_config["zero_optimization"]["overlap_comm"] = True
+        zero["overlap_comm"] = True
+    if parameters <= zero.get("stage3_max_live_parameters", 1e9):
+        zero["stage3_max_reuse_distance"] = 10 * zero.get("stage3_max_live_parameters", 10**9)
     return zero_config
 
 

@@ -1,6 +1,7 @@
 """What happens around the steps, one trade a callback: self-test, first evaluation, metrics rows, progress, overflow,
 stop request, checkpoint markers."""
 
+import inspect
 import json
 import logging
 import math
@@ -51,6 +52,7 @@ def watching(
     callbacks = [
         SetUp(trainer, folder, plan),
         before,
+        ForgetForwardOnly(trainer, plan),
         metrics,
         progress,
         Overflow(trainer, metrics, folder, plan.dtype),
@@ -156,6 +158,25 @@ class EvaluationBefore(TrainerCallback):
             raise UserError(f"the loss before training is {loss}: the base model does not fit {self.dtype}")
         if state.is_world_process_zero:
             write_json(self.path, {"eval_loss_before": loss})
+
+
+class ForgetForwardOnly(TrainerCallback):
+    """DeepSpeed keeps which weights to release when, from the passes so far: forward only. It would not look again when
+    backward passes come, and a model that may stay whole would be gathered anew for each. Others do not gain: what they
+    would keep where forward turns into backward is memory."""
+
+    def __init__(self, trainer: Trainer, plan: Plan) -> None:
+        self.trainer, zero = trainer, plan.zero_config["zero_optimization"]
+        self.whole = zero.get("stage3_max_reuse_distance", 1e9) > zero.get("stage3_max_live_parameters", 1e9)
+
+    def on_train_begin(self, hf_args, state, control, **_):
+        if not self.whole:
+            return
+        coordinator = self.trainer.model_wrapped.optimizer.parameter_offload.get_param_coordinator()
+        if coordinator.is_complete_trace():
+            coordinator._invalidate_trace()
+        release = type(coordinator)._PartitionedParameterCoordinator__params_to_release
+        inspect.getclosurevars(release).nonlocals["func"].cache_clear()
 
 
 # --- each step ----------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ POLICIES = ("planned", "fcfs", "lpm", "dfs-weight")
 REHEARSAL_DEFAULTS = {
     "device": "cpu",
     "prompts": str(REHEARSAL / "instructions.json"),
-    "max_new_tokens": 96,
+    "max_new_tokens": 64,
 }
 
 # Engine arguments that say how much runs at once, not what is computed: a resumed run may change them.

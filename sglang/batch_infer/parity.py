@@ -72,12 +72,12 @@ def check(engine, args: Arguments, dtype: str | None) -> Parity | None:
     return found
 
 
-def without_adapter(engine, args: Arguments, records: list[Record]) -> list[dict]:
+async def without_adapter(engine, args: Arguments, records: list[Record]) -> list[dict]:
     """What the base answers to the first records that --lora_path will answer: the same ids, at most SHOWN_TOKENS."""
     shown = [record for record in records if record.lora == args.lora_path][:SHOWN] if args.lora_path else []
     if not shown:
         return []
-    found = engine.generate(
+    found = await engine.async_generate(
         input_ids=[record.input_ids for record in shown],
         sampling_params=[
             record.sampling_params
@@ -86,7 +86,6 @@ def without_adapter(engine, args: Arguments, records: list[Record]) -> list[dict
         ],
         lora_path=[None] * len(shown),
     )
-    engine.flush_cache()
     return [
         {"index": record.index, "instruction": record.instruction, "output": result["text"]}
         for record, result in zip(shown, found, strict=True)

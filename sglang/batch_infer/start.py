@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import importlib.util
 import os
 import re
@@ -36,7 +37,7 @@ def start(args: Arguments, chosen: EngineArgs, model: Model, records: list[Recor
     if args.device == "cuda":
         watch.start()
     else:
-        fork_engine_processes()
+        fork_engine_processes(str(chosen.values["tokenizer_path"]))
     try:
         engine = generate.start_engine(chosen.values)
     except (ValueError, TypeError, AssertionError, KeyError) as error:
@@ -73,12 +74,22 @@ def skip_other_models(architectures: list[str]) -> None:
         os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(sorted(modules.keys() - needed)))
 
 
-def fork_engine_processes() -> None:
-    """SGLang spawns its processes, each with 15 s of imports; from now on they are forked and share ours. Only
-    for the CPU: a forked process cannot use CUDA."""
-    import sglang.srt.managers.scheduler  # noqa: F401 (what the forked ones share)
+def fork_engine_processes(tokenizer_folder: str) -> None:
+    """SGLang spawns its processes, each with 15 s of imports and 3 s for the tokenizer; from now on they are forked and
+    share ours. Only for the CPU: a forked process cannot use CUDA."""
     from sglang.srt.entrypoints import engine
+    from sglang.srt.managers import detokenizer_manager, scheduler, tokenizer_manager
 
+    get_tokenizer = functools.cache(tokenizer_manager.get_tokenizer)
+    get_tokenizer(  # as they ask for it
+        tokenizer_folder,
+        tokenizer_mode="auto",
+        trust_remote_code=False,
+        revision=None,
+        tokenizer_backend="huggingface",
+    )
+    for module in (detokenizer_manager, scheduler, tokenizer_manager):
+        module.get_tokenizer = get_tokenizer
     set_start_method = engine.mp.set_start_method
     engine.mp.set_start_method = lambda method, force: set_start_method("fork", force=True)
 
