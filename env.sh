@@ -95,6 +95,19 @@ use_v100_environment() {
     echo "GPU with $why: the environment is .venv-v100"
 }
 
+# The end of a Slurm job whose step ended with code $1, 75: stopped and saved, or a node was lost; 128 and more: killed, as
+# what a lost node left. It goes back into the queue, at most 20 times; a cancelled job is not RUNNING.
+end_or_requeue() {
+    if { [ "$1" = 75 ] || [ "$1" -ge 128 ]; } && [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+        if [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
+            scontrol requeue "$SLURM_JOB_ID"
+        else
+            echo "requeued 20 times already; the same command goes on"
+        fi
+    fi
+    exit "$1"
+}
+
 # An environment that is active and has DeepSpeed stays (a bare conda base does not count); VENV names one.
 if [ -n "${VENV:-}" ] || [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] ||
     ! has_deepspeed; then

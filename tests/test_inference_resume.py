@@ -1,5 +1,6 @@
 """Nothing is lost: kills, a full disk, bad records and failures, on the real Runtime on the CPU."""
 
+import asyncio
 import errno
 import json
 import os
@@ -34,6 +35,7 @@ def kill_after(rows: int, number: int, pids) -> callable:
     return patch
 
 
+@pytest.mark.long
 def test_a_run_that_dies_again_and_again_ends_with_the_uninterrupted_files(
     run_inference, flags, uninterrupted_inference, tmp_path
 ):
@@ -193,3 +195,31 @@ def test_a_run_ends_when_its_bad_record_has_left_the_prompts(run_inference, tmp_
         assert (code, bool(list(out.glob("outputs.partial*")))) == (expected, left), text
         assert summary_of(out)["records"] == len(rows)
     assert "nothing to do" in text
+
+
+def test_a_row_on_its_way_to_the_disk_when_a_signal_comes_is_kept(monkeypatch):
+    """Otherwise the last line would count one less than the file holds."""
+    from batch_infer import generate
+    from batch_infer.order import Part, Plan
+    from batch_infer.prompts import Record
+
+    async def answered(*_) -> dict:
+        return {"index": 0}
+
+    class SlowDisk:
+        kept = 0
+
+        def append(self, rows: list[dict]) -> None:
+            self.loop.call_soon_threadsafe(self.stopped.set)
+            time.sleep(0.3)
+            self.kept += len(rows)
+
+    async def stop_while_writing() -> int:
+        disk = SlowDisk()
+        disk.loop, disk.stopped = asyncio.get_running_loop(), asyncio.Event()
+        parts = [Part([Record(0, "", input_ids=[1]), Record(1, "", input_ids=[2])], Plan([0, 1]), None)]
+        await generate.answer_all(None, parts, disk, disk.stopped, lambda rows: None, batch_size=1)
+        return disk.kept
+
+    monkeypatch.setattr(generate, "row_of", answered)
+    assert asyncio.run(stop_while_writing()) == 1

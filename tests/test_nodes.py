@@ -167,6 +167,7 @@ def test_two_nodes_compute_what_one_does(start_nodes, adapter, tmp_path):
     assert not list((tmp_path / "out").glob(".start_*"))
 
 
+@pytest.mark.long
 def test_a_node_that_falls_silent_ends_the_others_and_one_node_resumes(
     start_nodes, start, quick, adapter, tmp_path
 ):

@@ -112,6 +112,7 @@ def test_kill_9_of_one_rank_ends_the_run_with_1(start, command, out):
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
+@pytest.mark.long
 @pytest.mark.v100
 def test_signal_to_every_process(start, command, uninterrupted, out):
     """As from Ctrl-C or Slurm: all ranks finish the step, save once and exit 75; then the rest is trained."""
@@ -127,6 +128,7 @@ def test_signal_to_every_process(start, command, uninterrupted, out):
     assert_finished_like(out, uninterrupted)
 
 
+@pytest.mark.long
 def test_killed_after_the_last_step(start, command, uninterrupted, out):
     """Only the end is left: no step more (6 steps end in the middle of an epoch), the same adapter."""
     shutil.copytree(uninterrupted, out)
@@ -138,6 +140,7 @@ def test_killed_after_the_last_step(start, command, uninterrupted, out):
     assert not (out / "checkpoint-7").exists()
 
 
+@pytest.mark.long
 def test_killed_before_the_first_checkpoint_starts_from_nothing(start, command, uninterrupted, out):
     """Neither an evaluation nor rows of the killed run may survive into the new one."""
     shutil.copytree(uninterrupted, out, ignore=shutil.ignore_patterns("checkpoint-*", "summary.json"))

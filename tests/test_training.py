@@ -134,6 +134,7 @@ def test_gradient_accumulation_equals_a_larger_micro_batch(start, parity_flags, 
     assert_same_course(tmp_path / "out", one_process)
 
 
+@pytest.mark.long
 def test_parity_with_resident_layers_and_separate_hooks(start, parity_flags, one_process, tmp_path):
     """The other end of the JSON: persistence threshold above every matrix of a layer, no leaf module, gathers in a
     stream of their own, which the host must not outrun."""
@@ -271,6 +272,7 @@ def test_artefacts_follow_the_contract(two_ranks):
         assert (two_ranks / picture).read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.long
 def test_rehearsal_learns(start, tiny_model, tmp_path):
     flags = ["--rehearse", "--model_name_or_path", tiny_model, "--seed", 1, "--max_steps", 20]
     code, text = start(*flags, "--output_dir", tmp_path / "out").wait()
@@ -279,6 +281,7 @@ def test_rehearsal_learns(start, tiny_model, tmp_path):
     assert summary["eval_loss_after"] < 0.95 * summary["eval_loss_before"]
 
 
+@pytest.mark.long
 def test_learning_rate_zero_learns_nothing(start, quick, tmp_path):
     code, text = start(
         *quick, "--max_steps", "1", "--learning_rate", "0", "--output_dir", tmp_path / "out"
@@ -299,11 +302,12 @@ def allow_fp16_on_cpu():
     ("flags", "scale_power", "scales", "diagnosis"),
     [
         # The adapter's gradients are scaled with alpha / r: they overflow at every loss scale, down to the lowest.
-        (
+        pytest.param(
             ["--lora_alpha", "2000000000"],
             1,
             [2, 1, 1, 1],
             "the forward pass is finite, so gradients overflow (first: base_model.model.model.layers.",
+            marks=pytest.mark.long,
         ),
         # The first update throws the adapter so far that the next forward overflows.
         (

@@ -121,7 +121,12 @@ async def answer_all(
             rows = [await finished.get()]
             while not finished.empty():
                 rows.append(finished.get_nowait())
-            await asyncio.to_thread(partial.append, rows)
+            # Rows on their way to the disk count as kept, also when a signal ends this.
+            writing = asyncio.create_task(asyncio.to_thread(partial.append, rows))
+            try:
+                await asyncio.shield(writing)
+            finally:
+                await writing
             left -= len(rows)
             on_rows(rows)
 
