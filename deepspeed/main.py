@@ -121,7 +121,10 @@ def train_here(args: Arguments, nodes: cluster.Nodes, work_dir: Path, stop: laun
     first = sum(start.ranks[: nodes.index])
     name = nodes.here() if nodes.count > 1 else ""
     ranks = launch.Ranks(start.ranks[nodes.index], first, plan.world_size, nodes.address, start.port, name)
-    code = launch.run_ranks(train, ranks, work_dir, lambda: any(shared.glob(f"{cluster.ENDED}*")))
+    others = cluster.Others(nodes, shared, args.ddp_timeout_s)
+    code = launch.run_ranks(train, ranks, work_dir, others.lost)
+    if code in (0, STOPPED):
+        others.leave()
     if code in (0, STOPPED) and nodes.count > 1 and nodes.index == 0:
         shutil.rmtree(shared, ignore_errors=True)
     complete = run_folder.complete_checkpoints(folder)

@@ -202,13 +202,38 @@ def test_a_rank_killed_on_another_node_is_named(start_nodes, tmp_path):
     assert "Traceback" not in text + other_text
 
 
+def hang():
+    """As gloo, which waits for minutes for the address of a rank that is gone."""
+    import lora_sft.train
+
+    lora_sft.train.train_rank = lambda *_: time.sleep(100)
+
+
+def test_a_node_that_is_gone_before_its_ranks_have_met_is_lost(start_nodes, tmp_path):
+    out = tmp_path / "out"
+    first, second = start_nodes("--output_dir", out, "--ddp_timeout_s", 1, patches={0: hang, 1: hang})
+    first.wait_for(lambda: len(list(out.glob(f"{cluster.SHARED}*/{cluster.ALIVE}*"))) == 2)
+    os.killpg(second.pid, signal.SIGKILL)
+    code, text = first.wait(30)
+    assert code == 75
+    assert "error: no answer from n2 any more; last complete checkpoint: none yet" in text
+
+
+def test_who_is_there(tmp_path):
+    first, second = (cluster.Others(Nodes(2, index), tmp_path, patience_s=9) for index in (0, 1))
+    assert [node.lost() for _ in range(3) for node in (first, second)] == [False] * 6
+    assert [first.lost() for _ in range(4)] == [False, False, False, True]  # the first look saw a new sign
+    second.lost()
+    assert not first.lost()
+    second.leave()
+    assert not any(first.lost() for _ in range(5))
+    (tmp_path / f"{cluster.ENDED}1").touch()
+    assert first.lost()
+    elsewhere = cluster.Others(Nodes(2, 0), tmp_path / "removed by the node that ended last", patience_s=9)
+    assert not any(elsewhere.lost() for _ in range(5))
+
+
 def test_ranks_that_hang_end_when_others_have_failed(start_nodes, tmp_path):
-    """As in gloo, which waits for the address of a rank that is gone."""
-
-    def hang():
-        import lora_sft.train
-
-        lora_sft.train.train_rank = lambda *_: time.sleep(100)
 
     def fail():
         import lora_sft.train

@@ -31,6 +31,8 @@ CAUSE_S = 4.0  # for every node to say how it ended
 SHARED = ".start_"  # folders in --output_dir that hold a start's plan and tokens
 START = "start.json"
 ENDED = "ended-"  # files in it: what a node's ranks ended with, if not well
+ALIVE = "alive-"  # and when a node was last there
+LOOK_S = 5.0  # between looks at the other nodes
 LOST = 74  # exit code of ranks that lost others: what others ended with is the cause
 PROGRAM = "bash deepspeed/run_llama2_7b_lora.sh"
 
@@ -218,6 +220,42 @@ def wait_for(store, *keys: str) -> None:
         signal.alarm(SILENCE_S)
         time.sleep(0.2)
     signal.alarm(0)
+
+
+# --- while the ranks train ----------------------------------------------------------------------------
+
+
+class Others:
+    """The other nodes, as the shared folder shows them: a collective does not always notice that a node is gone."""
+
+    def __init__(self, nodes: Nodes, shared: Path, patience_s: float) -> None:
+        self.shared, self.own = shared, shared / f"{ALIVE}{nodes.index}"
+        self.patience_s = max(patience_s, 2 * LOOK_S)  # looks of two nodes drift past each other
+        others = (index for index in range(nodes.count) if index != nodes.index)
+        self.seen = {shared / f"{ALIVE}{index}": (0, 0.0) for index in others}  # when it was there, silent for
+
+    def lost(self) -> bool:
+        """Called every LOOK_S: says that this node is there; True if another has ended badly or is silent. Looks are
+        counted, not time: a file system that stands still for a while makes nobody silent."""
+        with contextlib.suppress(OSError):
+            self.own.touch()  # needs no room on a full disk
+        for path, (known, silent_s) in self.seen.items():
+            now = modified(path)
+            self.seen[path] = (now, silent_s + LOOK_S if now == known else 0.0)
+        silent = any(silent_s > self.patience_s for _, silent_s in self.seen.values())
+        return self.shared.is_dir() and (silent or any(self.shared.glob(f"{ENDED}*")))
+
+    def leave(self) -> None:
+        """This node ends well, and others may take longer."""
+        with contextlib.suppress(OSError):
+            os.utime(self.own, (0, 0))
+
+
+def modified(path: Path) -> float:
+    """0: not yet; an own value each time it is asked: the node has left. NFS shows what is new to who opens a file."""
+    with contextlib.suppress(OSError), path.open() as file:
+        return os.fstat(file.fileno()).st_mtime or time.monotonic()
+    return 0.0
 
 
 # --- after the ranks ----------------------------------------------------------------------------------

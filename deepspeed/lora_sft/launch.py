@@ -23,7 +23,7 @@ from pathlib import Path
 from workbench import UserError
 from workbench.processes import STOP_SIGNALS, STOPPED, die_with_parent, free_port
 
-from .cluster import LOST, LostRanks
+from .cluster import LOOK_S, LOST, LostRanks
 
 OTHER_LAUNCHERS = (
     "OMPI_",
@@ -33,7 +33,6 @@ OTHER_LAUNCHERS = (
     "MPI_",
 )  # DeepSpeed and accelerate would take ranks from them
 GRACE_S = 10.0  # what the others may take to end after one has failed, then as long again after a SIGTERM
-LOOK_S = 5.0  # between looks for what failed elsewhere
 CAUSE = "cause"  # file in the work folder: the line that was printed when a child failed
 
 
@@ -89,10 +88,10 @@ def run_ranks(
     function: Callable[[int], int],
     ranks: Ranks,
     work_dir: Path,
-    failed_elsewhere: Callable[[], bool] | None = None,
+    others_lost: Callable[[], bool] | None = None,
 ) -> int:
     """Exit code of the children that each run `function(rank)` with torch's rendezvous variables set. They are ended if
-    ranks have failed elsewhere: while connections are made, gloo waits for one that is gone."""
+    `others_lost`, asked every LOOK_S: gloo waits for minutes for one that is gone while connections are made."""
 
     def start(local_rank: int) -> int:
         for name in [name for name in os.environ if name.startswith(OTHER_LAUNCHERS)]:
@@ -108,7 +107,7 @@ def run_ranks(
         }
         return function(rank)
 
-    return _run(start, ranks, work_dir, failed_elsewhere=failed_elsewhere)
+    return _run(start, ranks, work_dir, others_lost=others_lost)
 
 
 def _run(
@@ -116,7 +115,7 @@ def _run(
     ranks: Ranks,
     work_dir: Path,
     stop: StopRequest | None = None,
-    failed_elsewhere: Callable[[], bool] | None = None,
+    others_lost: Callable[[], bool] | None = None,
 ) -> int:
     """0 if all children return 0; 2 if one raises a UserError, which is printed once; else the code of the first that
     fails, whose traceback is printed (the others' failures follow from it). A child killed by a signal counts as 1.
@@ -140,8 +139,8 @@ def _run(
     try:
         while not children.join(timeout=0.1, grace_period=GRACE_S):
             lost = False
-            if failed_elsewhere and time.monotonic() > looked_s + LOOK_S:
-                looked_s, lost = time.monotonic(), failed_elsewhere()
+            if others_lost and time.monotonic() > looked_s + LOOK_S:
+                looked_s, lost = time.monotonic(), others_lost()
             if stop or lost:
                 for process in children.processes:
                     process.kill()
