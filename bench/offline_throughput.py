@@ -18,6 +18,7 @@ rows:
     ROW,NAME=VALUE,...    one of these with another flag, engine argument or (in capitals) environment variable
     sglang_defaults       SGLang's own defaults, one list call (attention on FlashInfer, no prefill graph)
     batches_64            the same engine, batches of 64 one after the other
+    vllm, vllm_dp2        vLLM's defaults, by --vllm's Python; a half of the records on each of two GPUs
 """
 
 import argparse
@@ -28,6 +29,8 @@ import json
 import os
 import random
 import re
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -48,14 +51,14 @@ from batch_infer.preflight import Inputs
 from batch_infer.prompts import Record
 from batch_infer.report import ThisStart
 from workbench import UserError
-from workbench.files import commit
+from workbench.files import commit, write_json
 from workbench.machine import versions
 from workbench.rows import read_rows
 
 ROOT = REHEARSAL.parent
 FOLDER = REHEARSAL / "runs" / "offline_throughput"
 RESULT = ROOT / "bench" / "results" / "offline_throughput.json"
-ROW = re.compile(r"(fast|default|fast_dp2|adapter)(,\w+=[^,]*)*|sglang_defaults|batches_[1-9]\d*")
+ROW = re.compile(r"(fast|default|fast_dp2|adapter|vllm|vllm_dp2)(,\w+=[^,]*)*|sglang_defaults|batches_[1-9]\d*")
 SGLANG_DEFAULTS = {
     "attention_backend": "flashinfer",  # FlashAttention 3, its default on Hopper, is another comparison
     "cuda_graph_backend_prefill": "disabled",  # its capture compiles for minutes
@@ -175,6 +178,7 @@ def command(row: str, given: argparse.Namespace) -> tuple[Arguments, dict[str, s
     if not ROW.fullmatch(row):
         raise UserError(f"no row {row}; -h lists them")
     kind, settings = rows.split(row)
+    settings = {} if kind.startswith("vllm") else settings  # its own
     flags = {"device": given.device, "output_file": FOLDER / "outputs.jsonl", "max_new_tokens": given.cap}
     flags |= {"prompts": REHEARSAL / "instructions.json", "fast": kind != "default"}
     flags["dp_size"] = 2 if kind == "fast_dp2" else 1
@@ -255,8 +259,51 @@ def theirs(
     return chosen, times, answers
 
 
+def vllm(row: str, given: argparse.Namespace, inputs: Inputs, work: Work) -> dict:
+    """peers.py with the row's levers as arguments of vllm.LLM. Raises UserError."""
+    kind, settings = rows.split(row)
+    if not given.vllm:
+        raise UserError("the row vllm needs --vllm PYTHON, with vLLM 0.26.0")
+    own = {name: value_of(value) for name, value in settings.items()}
+    args, _ = command("fast", given)
+    copies = 2 if kind == "vllm_dp2" else 1
+    results = [FOLDER / f"vllm_{copy}.json" for copy in range(copies)]
+    spec = {
+        "engine_args": {"model": inputs.model.folder} | args.own_engine_args | own,
+        "sampling": {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")},
+        "wait_for": [str(result.with_suffix(".ready")) for result in results],
+    }
+    processes = []
+    for copy, result in enumerate(results):
+        for path in (result, result.with_suffix(".ready")):
+            path.unlink(missing_ok=True)
+        write_json(result.with_suffix(".spec"), spec | {"work": work[copy::copies]})
+        words = [
+            *shlex.split(given.vllm),
+            "-P",
+            ROOT / "bench" / "peers.py",
+            "vllm",
+            result.with_suffix(".spec"),
+            result,
+        ]
+        own = {"CUDA_VISIBLE_DEVICES": visible_gpus()[copy]} if copies > 1 else {}
+        processes.append(subprocess.Popen(words, env=os.environ | own))
+    if any([process.wait() for process in processes]):
+        raise UserError("vLLM failed")
+    found = [json.loads(result.read_text()) for result in results]
+    times = {name: max(part[name] for part in found) for name in ("seconds", "load_s")}
+    tokens = sum(tokens for _, tokens in work)
+    return found[0] | times | {"tokens_per_s": tokens / times["seconds"], "engine_args": spec["engine_args"]}
+
+
+def visible_gpus() -> list[str]:
+    return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(16)))).split(",")
+
+
 def measure_row(row: str, given: argparse.Namespace, inputs: Inputs, work: Work) -> dict:
     """Raises UserError if a record failed or did not end at its length."""
+    if row.startswith("vllm"):
+        return vllm(row, given, inputs, work)
     run = theirs if row.startswith(("sglang", "batches")) else ours
     chosen, times, answers = run(row, given, inputs, work)
     for answer, (_, tokens) in zip(answers, work, strict=True):
@@ -346,5 +393,6 @@ if __name__ == "__main__":
         "--model_path", help="folder (default: Qwen2.5-7B's shape; on the CPU the rehearsal's model)"
     )
     parser.add_argument("--lora_path", help="adapter folder of the row adapter")
+    parser.add_argument("--vllm", help="command of a Python that has vLLM")
     parser.add_argument("--engine_args", help='JSON object (default: {"load_format": "dummy"}; on the CPU {})')
     sys.exit(rows.run(measure, parser, RESULT, FOLDER))

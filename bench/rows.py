@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,7 @@ def in_child(function: Callable[[], dict], log: Path) -> dict:
 def reason(log: Path, otherwise: str) -> str:
     """Why a program failed, in one line."""
     text = log.read_text(errors="replace") if log.exists() else ""
-    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if re.search(r"\w", line)]
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return f"{[*told[:1], *lines[-1:], otherwise][0][:400]} ({otherwise}; see {log})"
 

@@ -23,7 +23,10 @@ rows:
     plain, plain_bf16                       ours and ours_bf16 as transformers and PEFT compute a layer, and all layers
                                             computed again in the backward pass
     ours_1gpu_nocap, ours_2gpu_nocap        the same tokens per GPU, all layers computed again
-    ROW,NAME=VALUE,...    one of these with another flag, or another key of zero3.json's zero_optimization
+    trl_padded, trl_packed                  TRL's SFTTrainer with the ZeRO-3 file that it ships, by --trl's Python
+    ROW,NAME=VALUE,...    one of these with another flag, another key of zero3.json's zero_optimization (of trl's
+                          SFTConfig), or (in capitals) environment variable; NNODES=2: as many launchers, each with its own
+                          GPUs and between them sockets, as nodes have
 
 Rates count real tokens (`real_share` of the data's positions are not padding) and use the median step after 4
 micro-batches of warm-up.
@@ -35,9 +38,11 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -57,6 +62,7 @@ from workbench import UserError
 from workbench.files import commit, write_json
 from workbench.machine import versions
 from workbench.models import check_model_folder
+from workbench.processes import die_with_parent, free_port
 
 FOLDER = REHEARSAL / "runs" / "train_throughput"
 RESULT = REHEARSAL.parent / "bench" / "results" / "train_throughput.json"
@@ -99,6 +105,8 @@ ROWS = {
     "plain_bf16": Row(LARGE | PLAIN, dtype="bf16"),
     "ours_1gpu_nocap": Row({"num_gpus": 1, "kept_layers": 0}),
     "ours_2gpu_nocap": Row({"kept_layers": 0}),
+    "trl_padded": Row(),
+    "trl_packed": Row(),
 }
 RATIOS = {
     "ratio_vs_starter": ("ours", "starter"),
@@ -110,19 +118,20 @@ RATIOS = {
 }
 
 
-def row_named(name: str) -> tuple[Row, dict, dict]:
-    """(row, flags, changes of zero_optimization). Raises UserError."""
+def row_named(name: str) -> tuple[Row, dict, dict, dict]:
+    """(row, flags, changes of zero_optimization, environment variables). Raises UserError."""
     kind, settings = rows.split(name)
     if kind not in ROWS:
         raise UserError(f"no row {name}; there are {', '.join(ROWS)} and ROW,NAME=VALUE")
     names = {entry.name for entry in fields(Arguments)}
+    variables = {name: value for name, value in settings.items() if name.isupper()}
     flags = ROWS[kind].flags | {name: value for name, value in settings.items() if name in names}
     try:
-        zero = {name: json.loads(value) for name, value in settings.items() if name not in names}
+        zero = {n: json.loads(value) for n, value in settings.items() if n not in names and n not in variables}
     except ValueError as error:
         raise UserError(f"{name}: neither a flag nor a JSON value of zero_optimization ({error})") from error
     parse(words(flags))
-    return ROWS[kind], flags, zero
+    return ROWS[kind], flags, zero, variables
 
 
 def words(flags: dict) -> list[str]:
@@ -178,10 +187,13 @@ def without_packing(prepare: Callable) -> Callable:
 
 def measure_row(name: str, number: int, *, given: argparse.Namespace, model: Path, data_path: Path) -> dict:
     """Runs the program, with its output in a log. Raises UserError with the reason if it fails."""
-    row, flags, zero_changes = row_named(name)
+    row, flags, zero_changes, variables = row_named(name)
     folder = FOLDER / f"row_{number}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    if name.startswith("trl"):
+        run = functools.partial(run_trl, name, given, model, data_path, folder)
+        return rows.in_child(run, folder / LOG)
     zero = json.loads(Path(Arguments().deepspeed).read_text())
     if row.zero != REPLICATED:  # the program refuses a file without ZeRO-3: see run_program()
         zero["zero_optimization"] = (row.zero or zero["zero_optimization"]) | zero_changes
@@ -196,17 +208,19 @@ def measure_row(name: str, number: int, *, given: argparse.Namespace, model: Pat
         "dtype": row.dtype,
         **({"dtype": "fp32", "tokens_per_micro_batch": 1024} if given.device == "cpu" else {}),
     } | flags
-    code = rows.in_child(functools.partial(run_program, row, words(flags), folder), folder / LOG)["code"]
+    run = functools.partial(run_program, row, words(flags), folder, variables)
+    code = rows.in_child(run, folder / LOG)["code"]
     if code:
         raise UserError(rows.reason(folder / LOG, f"exit code {code}"))
     return columns(row, folder / "output", warm_up)
 
 
-def run_program(row: Row, argv: list[str], folder: Path) -> dict:
+def run_program(row: Row, argv: list[str], folder: Path, variables: dict[str, str]) -> dict:
     """The exit code of deepspeed/main.py with what is special about `row`, in this process. Killed if it hangs."""
-    signal.alarm(ROW_TIMEOUT_S)
     os.environ.pop("GPU_MEMORY_CAP_GIB", None)
-    os.environ |= {"GPU_MEMORY_CAP_GIB": str(CAP_GIB)} if row.cap else {}
+    os.environ |= ({"GPU_MEMORY_CAP_GIB": str(CAP_GIB)} if row.cap else {}) | variables
+    node = start_nodes(parse(argv).num_gpus)
+    signal.alarm(ROW_TIMEOUT_S)
     if row.one_document_a_row:
         from lora_sft import data
 
@@ -217,7 +231,59 @@ def run_program(row: Row, argv: list[str], folder: Path) -> dict:
     launch.run_ranks = lambda function, *rest: run_ranks(
         functools.partial(run_rank, row, folder, function), *rest
     )
-    return {"code": program.main(argv)}
+    code = program.main(argv)
+    if node:
+        os._exit(code)
+    return {"code": code}
+
+
+def start_nodes(gpus: int) -> int:
+    """Forks the other nodes of NNODES and returns which this process is. NCCL takes one of another host id for one on
+    another machine."""
+    nodes = int(os.environ.get("NNODES", "1"))
+    if nodes == 1:
+        return 0
+    os.environ |= {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for node in range(1, nodes):
+        if os.fork() == 0:
+            die_with_parent()
+            os.environ["NODE_RANK"] = str(node)
+            break
+    rank = int(os.environ["NODE_RANK"])
+    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(16)))).split(",")
+    mine = ",".join(visible[rank * gpus :][:gpus])
+    os.environ |= {"NCCL_HOSTID": f"node{rank}", "CUDA_VISIBLE_DEVICES": mine}
+    return rank
+
+
+def run_trl(name: str, given: argparse.Namespace, model: Path, data_path: Path, folder: Path) -> dict:
+    """peers.py on the same documents. Raises UserError."""
+    _, flags, settings, variables = row_named(name)
+    if not given.trl:
+        raise UserError(f"the row {name} needs --trl PYTHON, with TRL 1.16.0")
+    defaults = Arguments()
+    spec = {
+        **{
+            "model": str(model),
+            "documents": str(data_path),
+            "rows": DOCUMENTS,
+            "dtype": flags.get("dtype", "fp16"),
+        },
+        **{"gpus": int(flags.get("num_gpus", 2)), "cap_gib": float(variables.get("GPU_MEMORY_CAP_GIB", 0))},
+        **{"packing": name.startswith("trl_packed"), "port": free_port(), "settings": settings},
+        **{"warm_up": WARM_UP_MICRO_BATCHES, "steps": given.micro_batches},
+        "lora": {
+            "r": defaults.lora_r,
+            "lora_alpha": defaults.lora_alpha,
+            "lora_dropout": defaults.lora_dropout,
+        },
+    }
+    write_json(folder / "spec.json", spec)
+    words = [*shlex.split(given.trl), "-P", Path(__file__).with_name("peers.py"), "trl", folder / "spec.json"]
+    subprocess.run([*words, folder / "result.json"], timeout=ROW_TIMEOUT_S, check=False)
+    if not (folder / "result.json").exists():
+        raise UserError(rows.reason(folder / LOG, "TRL failed"))
+    return json.loads((folder / "result.json").read_text())
 
 
 def run_rank(row: Row, folder: Path, function: Callable[[int], int], rank: int) -> int:
@@ -226,7 +292,7 @@ def run_rank(row: Row, folder: Path, function: Callable[[int], int], rank: int) 
 
     cuda = os.environ["DS_ACCELERATOR"] == "cuda"
     if cuda:
-        torch.cuda.set_device(rank)  # before an import below initialises CUDA on GPU 0
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before an import below initialises CUDA on GPU 0
         if row.dtype == "fp16":
             torch.backends.cuda.enable_flash_sdp(False)
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -282,12 +348,14 @@ def columns(row: Row, out: Path, warm_up: int) -> dict:
     # Of all the data: few steps at one document a row would see long or short ones by chance.
     real_share = documents["real_tokens"] / (documents["packed_rows"] * arguments["max_seq_len"])
     predicted = {name: plan[name] for name in ("predicted_peak_gib", "predicted_parts_gib")}
+    adapter = (out / "adapter_model.safetensors").read_bytes()
     return {
         "real_tokens_per_s_per_gpu": positions * real_share,
         "real_share": real_share,
         "step_s": step_s,
         "step_times_s": [step["step_time_s"] for step in steps],
         "losses": [step["loss"] for step in steps],
+        "adapter_sha256": hashlib.sha256(adapter).hexdigest(),
         "micro_batches_per_step": arguments["gradient_accumulation_steps"],
         "zero": config["resolved_zero_config"]["zero_optimization"],
         **{
@@ -353,7 +421,7 @@ def ratios(result: dict) -> dict:
     """Ratios of real tokens/s per GPU, (predicted - measured) / measured of the peaks, and what they were measured on."""
     done = [row for row in result["rows"] if "error" not in row]
     rates = {row["row"]: row["real_tokens_per_s_per_gpu"] for row in done}
-    peaks = {row["row"]: (row["predicted_peak_gib"], row["peak_reserved_gib"]) for row in done}
+    peaks = {row["row"]: (row.get("predicted_peak_gib"), row["peak_reserved_gib"]) for row in done}
     to_ours = {name: rate / rates["ours"] for name, rate in rates.items()} if "ours" in rates else {}
     pairs = {name: pair for name, pair in RATIOS.items() if set(pair) <= rates.keys()}
     return {
@@ -372,6 +440,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--slow_link", action="store_true", help="NCCL_P2P_DISABLE=1: through the host's memory"
     )
+    parser.add_argument("--trl", help="command of a Python that has TRL")
     parser.add_argument("--micro_batches", type=int, default=8, help="measured in each row")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn documents")
     parser.add_argument(

@@ -49,18 +49,21 @@ def test_the_starters_rows_hold_one_document(tiny_model, tokenizer):
 
 @pytest.mark.parametrize("name", train_throughput.ROWS)
 def test_rows_are_commands_of_the_program(name):
-    row, flags, zero = train_throughput.row_named(name)
+    row, flags, zero, variables = train_throughput.row_named(name)
     args = arguments.parse(train_throughput.words(flags | {"dtype": row.dtype}))
     assert args.dtype == ("bf16" if "bf16" in name else "fp16")
     assert row.cap == (name in ("ours", "starter", "plain"))
     assert (row.zero == train_throughput.REPLICATED) == name.startswith("replicated")
-    assert zero == {}
+    assert zero == variables == {}
 
 
 def test_levers_are_flags_or_keys_of_zero_optimization():
-    _, flags, zero = train_throughput.row_named("ours_bf16,lora_r=64,overlap_comm=true,reduce_bucket_size=5")
+    _, flags, zero, variables = train_throughput.row_named(
+        "ours_bf16,lora_r=64,overlap_comm=true,reduce_bucket_size=5,NNODES=2"
+    )
     assert flags == {"tokens_per_micro_batch": 16384, "lora_r": "64"}
     assert zero == {"overlap_comm": True, "reduce_bucket_size": 5}
+    assert variables == {"NNODES": "2"}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,7 @@ def test_rows_that_do_not_exist_are_one_line(name, message):
 
 def test_a_row_without_end_is_killed(monkeypatch, tmp_path):
     def run() -> dict:
-        return train_throughput.run_program(train_throughput.ROWS["ours"], [], tmp_path)
+        return train_throughput.run_program(train_throughput.ROWS["ours"], [], tmp_path, {})
 
     monkeypatch.setattr(train_throughput, "ROW_TIMEOUT_S", 1)
     monkeypatch.setattr(train_throughput.program, "main", lambda argv: time.sleep(60))
@@ -121,7 +124,13 @@ def test_ratios_are_of_rows_of_the_same_command():
 @pytest.mark.long
 def test_rows_of_training_on_the_cpu(tiny_model, tmp_path):
     """Replicated weights take ZeRO-3's course; a row that fails leaves its reason, and the others run."""
-    rows = ["starter", "replicated", "ours_1gpu_nocap,lora_r=4", "ours,max_seq_len=4096"]
+    rows = [
+        "starter",
+        "replicated",
+        "ours_1gpu_nocap,lora_r=4",
+        "ours,max_seq_len=4096",
+        "ours,num_gpus=1,NNODES=2",
+    ]
     command = [sys.executable, "-P", str(ROOT / "bench" / "train_throughput.py"), *rows, "--device", "cpu"]
     command += ["--model_path", str(tiny_model), "--micro_batches", "2", "--output", "result.json"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -130,6 +139,7 @@ def test_rows_of_training_on_the_cpu(tiny_model, tmp_path):
     found = {row["row"]: row for row in result["rows"]}
     assert list(found) == ["ours", *rows]
     assert "must be a multiple" in found[rows[3]]["error"]
+    assert found[rows[4]]["adapter_sha256"] == found["ours"]["adapter_sha256"]
     assert found["replicated"]["losses"] == pytest.approx(found["ours"]["losses"], abs=1e-5)
     assert found["replicated"]["zero"]["stage"] == 0
     assert len(found["ours"]["losses"]) == 4 + 2

@@ -8,6 +8,7 @@ has been followed by a newer one, and each run ends with the bytes of the one th
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -44,13 +45,12 @@ FLAGS = [
     "192",
     "--tokens_per_micro_batch",
     "192",
-    "--max_steps",
-    "6",
     "--save_steps",
     "2",
     "--learning_rate",
     "0.02",
 ]
+STEPS = 6
 ENDS_WITHIN_S = 60.0
 SLURMS_DEFAULTS = {"SLURMD_TIMEOUT": "300", "KILL_WAIT": "30"}  # so that it does not notice first
 
@@ -72,9 +72,10 @@ class Row:
 class Run:
     """A run in a folder of its own that is started again and again."""
 
-    def __init__(self, campaign: "Campaign", name: str) -> None:
-        self.campaign, self.out = campaign, campaign.folder / name
-        self.flags = [*FLAGS, "--model_name_or_path", str(campaign.model), "--output_dir", str(self.out)]
+    def __init__(self, campaign: "Campaign", name: str, steps: int = STEPS) -> None:
+        self.campaign, self.out, self.planned = campaign, campaign.folder / name, steps
+        self.flags = [*FLAGS, "--max_steps", str(steps), "--model_name_or_path", str(campaign.model)]
+        self.flags += ["--output_dir", str(self.out)]
         self.processes: list[Process] = []
 
     def start(self, nodes: int = 2, *more: str) -> None:
@@ -107,7 +108,10 @@ class Run:
         return bool(before) and max(self.complete(), default=0) < max(before)
 
     def same_bytes(self) -> bool:
-        return (self.out / "adapter_model.safetensors").read_bytes() == self.campaign.expected
+        return self.adapter() == self.campaign.expected(self.planned)
+
+    def adapter(self) -> bytes:
+        return (self.out / "adapter_model.safetensors").read_bytes()
 
     def finish(self, row: Row, nodes: int = 1) -> None:
         """The same command again, to its end."""
@@ -146,16 +150,20 @@ class Campaign:
         self.slurm_started = False
         self.model = folder / "tiny"
         assert fork(lambda: build_llama(self.model) and 0, folder / "tiny.txt").wait()[0] == 0
-        self.expected = b""
-        undisturbed = Run(self, "undisturbed")
-        undisturbed.start(1)
-        assert undisturbed.wait() == [0], undisturbed.texts()
-        self.expected = (undisturbed.out / "adapter_model.safetensors").read_bytes()
+        self.expected(STEPS)
         two, started_s = Run(self, "two"), time.monotonic()
         two.start(2)
         assert two.wait() == [0, 0] and two.same_bytes(), two.texts()  # noqa: PT018
         self.run_s = time.monotonic() - started_s
         print(f"an undisturbed run takes {self.run_s:.1f} s", flush=True)
+
+    @functools.cache  # noqa: B019
+    def expected(self, steps: int) -> bytes:
+        """The adapter of a run that nothing disturbed."""
+        run = Run(self, f"undisturbed-{steps}", steps)
+        run.start(1)
+        assert run.wait() == [0], run.texts()
+        return run.adapter()
 
     def row(self, name: str) -> Row:
         return self.rows.setdefault(name, Row())
@@ -271,8 +279,7 @@ class Campaign:
         command = [str(HERE / "slurm.sh"), str(self.folder / "slurm"), *map(str, words)]
         return subprocess.run(command, text=True, check=True, **options)
 
-    def on_slurm(self, name: str, fault: list[str], repair: list[list[str]], tries: int) -> None:
-        """`fault` while srun runs on two nodes."""
+    def start_slurm(self) -> None:
         if not self.slurm_started:
             self.slurm(
                 "start",
@@ -280,6 +287,56 @@ class Campaign:
                 stdout=subprocess.DEVNULL,
             )
             self.slurm_started = True
+
+    def ctl(self, *words: object) -> str:
+        """What a command on the login node prints; "" where it fails, as for a job that has gone."""
+        command = [str(HERE / "slurm.sh"), str(self.folder / "slurm"), "in", "ctl", *map(str, words)]
+        return subprocess.run(command, text=True, capture_output=True, cwd=ROOT, check=False).stdout.strip()
+
+    def job(self, name: str, fault: list[str], steps: int = STEPS) -> None:
+        """job.sbatch on two nodes. It goes on by itself, but after scancel: then the same command does."""
+        self.start_slurm()
+        run, row = Run(self, f"job-{name.split()[-1]}", steps), self.row(f"job.sbatch: {name}")
+        run.out.mkdir()
+        log = run.out.with_suffix(".txt")
+        options = ["--parsable", "-N2", "--gres=gpu:2", "--mem=4G", f"--output={log}", f"--chdir={ROOT}"]
+        job = self.ctl("sbatch", *options, "deepspeed/job.sbatch", "--num_gpus", "1", *run.flags)
+
+        def state() -> str:
+            return self.ctl("squeue", "--noheader", "--job", job, "--format=%T")
+
+        def until(condition: Callable[[], bool]) -> None:
+            for _ in range(600):
+                if condition():
+                    return
+                time.sleep(0.3)
+            raise AssertionError(f"{name}: {state()}\n{log.read_text()[-3000:]}")
+
+        until(lambda: run.steps() >= 2)
+        before, struck_s = run.complete(), time.monotonic()
+        self.slurm(*(word.replace("JOB", job) for word in fault))
+        until(lambda: state() != "RUNNING")
+        row.tried += 1
+        row.ended_s.append(time.monotonic() - struck_s)
+        if fault[0] == "crash":  # until then the job is COMPLETING
+            self.slurm("boot", fault[1])
+        until(lambda: state() in ("PENDING", ""))
+        lost, had, started_s = run.lost(before), max(run.complete(), default=0), time.monotonic()
+        if not state():
+            run.finish(row, 2)
+        else:  # Slurm holds a requeued job for two minutes
+            release = ["scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=10"]
+            until(lambda: [self.ctl(*release), state()][1] != "PENDING")
+            until(lambda: run.steps() > had or not state())
+            row.went_on_s.append(time.monotonic() - started_s)
+            until(lambda: not state())
+        if lost or not run.same_bytes():
+            row.lost += 1
+            print(log.read_text()[-3000:])
+
+    def on_slurm(self, name: str, fault: list[str], repair: list[list[str]], tries: int) -> None:
+        """`fault` while srun runs on two nodes."""
+        self.start_slurm()
         for number in range(tries):
             run, row = Run(self, f"{name.split()[-1]}-{number}"), self.row(name)
             run.out.mkdir()
@@ -317,6 +374,17 @@ class Campaign:
             "crash": lambda: self.on_slurm("a node crashes", ["crash", "n2"], [["boot", "n2"]], 2),
             "unplug": lambda: self.on_slurm("a node's cable is pulled", ["unplug", "n2"], [["plug", "n2"]], 2),
         }
+        signal_job = ["in", "ctl", "scancel", "--batch", "JOB"]
+        jobs = {
+            "USR1": [*signal_job, "--signal=USR1"],
+            "TERM": [*signal_job, "--signal=TERM"],
+            "scancel": ["in", "ctl", "scancel", "JOB"],
+            "preempted": ["in", "ctl", "scontrol", "requeue", "JOB"],
+            "a node crashes": ["crash", "n2"],
+        }
+        limit = ["in", "ctl", "scontrol", "update", "JobId=JOB", "TimeLimit=2"]  # USR1 comes 120 s before
+        todo["jobs"] = lambda: [self.job(*named) for named in jobs.items()]
+        todo["limit"] = lambda: self.job("the time limit", limit, 150)
         try:
             for name in only or todo:
                 todo[name]()

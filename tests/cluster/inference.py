@@ -48,7 +48,7 @@ class Slurm:
 
     @property
     def flags(self) -> list[str]:
-        flags = ["--rehearse", "--model_path", self.shared / "model", "--prompts", self.shared / "forty.json"]
+        flags = ["--rehearse", "--model_path", self.shared / "model", "--prompts", self.shared / "prompts.json"]
         return [*map(str, flags), *("--max_new_tokens", "48", "--max_running_requests", "2", "--dp_size", "1")]
 
     def jobs(self) -> dict[str, tuple[str, str]]:
@@ -87,8 +87,8 @@ def slurm():
         tempfile.TemporaryDirectory(prefix="shared_", dir="/tmp") as shared,
     ):
         cluster = Slurm(Path(state), Path(shared))
-        rows = json.loads((ROOT / "rehearsal" / "instructions.json").read_text())[:40]
-        (cluster.shared / "forty.json").write_text(json.dumps(rows))
+        rows = 2 * json.loads((ROOT / "rehearsal" / "instructions.json").read_text())
+        (cluster.shared / "prompts.json").write_text(json.dumps(rows))
         model = [sys.executable, ROOT / "rehearsal" / "tiny_model.py", "qwen2", cluster.shared / "model"]
         subprocess.run(model, check=True, capture_output=True)
         cluster("start", "2", "2")
