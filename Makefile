@@ -73,8 +73,9 @@ test-all: .venv/.installed  ## the long versions too
 test-v100: .venv-v100/.installed  ## parity and resume in the environment for Volta GPUs (torch 2.7.1)
 	@VENV=.venv-v100; source ./env.sh && python -P -m pytest -m v100
 
-test-cluster: .venv/.installed  ## break runs on a real Slurm of two nodes and resume them (needs root; KILLS=100)
-	@$(RUN) python -P tests/cluster/campaign.py --kills $(KILLS)
+test-cluster: .venv/.installed  ## break runs on a real Slurm of two nodes and resume them (needs root; KILLS=100, ONLY=NAMES)
+	@$(RUN) python -P tests/cluster/campaign.py --kills $(KILLS) \
+		$(if $(ONLY),--only $(ONLY),&& python -P -m pytest -s tests/cluster/inference.py)
 
 lint: .venv/.installed  ## ruff and shellcheck
 	@$(RUN) ruff check . && ruff format --check . && shellcheck -x env.sh deepspeed/*.sh deepspeed/job.sbatch sglang/job.sbatch tests/cluster/*.sh .ci/run handout/autograder/*

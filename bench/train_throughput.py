@@ -1,7 +1,7 @@
 """Fine-tuning tokens/s on two GPUs: the starter's settings, ours, and weights that no one has to gather.
 
     python bench/train_throughput.py starter replicated ours_bf16 replicated_bf16 ours_1gpu_nocap ours_2gpu_nocap
-    python bench/train_throughput.py starter replicated --slow_link --output slow.json
+    NCCL_P2P_DISABLE=1 python bench/train_throughput.py starter replicated --output slow.json    # no direct copies
     python bench/train_throughput.py ours_2gpu_nocap,tokens_per_micro_batch=4096,lora_r=64 --output budgets.json
     python bench/train_throughput.py starter --device cpu        # tries the script: tiny model, fp32
 
@@ -17,7 +17,8 @@ ones, the fastest that Volta has. Matrix products are the GPU's own.
 rows:
     ours                  the program's defaults, fp16
     starter               its ZeRO settings: a document a row, padded to 512, 4 micro-batches a step
-    replicated            weights whole on each GPU, LoRA gradients summed (DeepSpeed stage 0), without the cap
+    replicated            weights whole on each GPU, LoRA gradients summed (DeepSpeed stage 0), without the cap, all
+                          layers computed again as in ours
     ours_bf16, replicated_bf16              16,384 tokens a micro-batch, without the cap, all kernels; replicated, 24 of
                                             32 layers keep their activations
     plain, plain_bf16                       ours and ours_bf16 as transformers and PEFT compute a layer, and all layers
@@ -98,7 +99,7 @@ PADDED = {"max_seq_len": 512, "tokens_per_micro_batch": 512, "gradient_accumulat
 ROWS = {
     "ours": Row(cap=True),
     "starter": Row(PADDED, zero=STARTER_ZERO, cap=True, one_document_a_row=True),
-    "replicated": Row(zero=REPLICATED),
+    "replicated": Row({"kept_layers": 0}, zero=REPLICATED),
     "ours_bf16": Row(LARGE, dtype="bf16"),
     "replicated_bf16": Row(LARGE | {"kept_layers": 24}, dtype="bf16", zero=REPLICATED),
     "plain": Row(PLAIN, cap=True),
@@ -112,9 +113,12 @@ RATIOS = {
     "ratio_vs_starter": ("ours", "starter"),
     "ratio_vs_ceiling": ("ours", "replicated"),
     "ratio_bf16_vs_ceiling": ("ours_bf16,kept_layers=24", "replicated_bf16"),
+    "ratio_vs_trl": ("ours", "trl_packed,per_device_train_batch_size=8"),
     "ratio_vs_plain": ("ours", "plain"),
     "ratio_bf16_vs_plain": ("ours_bf16", "plain_bf16"),
     "scaling_1_to_2": ("ours_2gpu_nocap", "ours_1gpu_nocap"),
+    "scaling_1_to_4": ("ours_2gpu_nocap,num_gpus=4", "ours_1gpu_nocap"),
+    "ratio_two_nodes": ("ours,num_gpus=2,NNODES=2", "ours,num_gpus=4"),
 }
 
 
@@ -384,7 +388,6 @@ def measure(given: argparse.Namespace, output: Path) -> dict:
     FOLDER.mkdir(parents=True, exist_ok=True)
     # Once, and in the program's order: rows are forked from this process, which touches no GPU.
     program.set_up_environment(Arguments(device=given.device))
-    os.environ |= {"NCCL_P2P_DISABLE": "1"} if given.slow_link else {}
     launch.import_shared_libraries()
     built = not given.model_path and rows.in_child(lambda: build(given.device), FOLDER / "model.log")["folder"]
     model = Path(given.model_path or built).absolute()
@@ -399,7 +402,7 @@ def measure(given: argparse.Namespace, output: Path) -> dict:
         raise UserError(f"--data_path {data_path}: cannot be read ({error.strerror})") from error
     about = {
         "workload": {"drawn": not given.data_path, "file_sha256": sha256, "seed": given.seed},
-        "link": "slow" if given.slow_link else "fast",
+        "nccl": {name: value for name, value in os.environ.items() if name.startswith("NCCL_")},
         "micro_batches": given.micro_batches,
         "versions": versions(PACKAGES),
         "commit": commit(),
@@ -437,9 +440,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="row", help="see above")
     parser.add_argument("--data_path", help="JSON or JSONL file of rows with prompt and chosen")
-    parser.add_argument(
-        "--slow_link", action="store_true", help="NCCL_P2P_DISABLE=1: through the host's memory"
-    )
     parser.add_argument("--trl", help="command of a Python that has TRL")
     parser.add_argument("--micro_batches", type=int, default=8, help="measured in each row")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn documents")

@@ -201,7 +201,7 @@ class Campaign:
                 else:
                     name, pid = "kill -9 of all of a node's processes", -victim.pid
                 row = self.strike(
-                    run, name, lambda pid=pid: os.kill(pid, signal.SIGKILL), (-signal.SIGKILL, 1, 75)
+                    run, name, lambda pid=pid: os.kill(pid, signal.SIGKILL), (-signal.SIGKILL, 0, 1, 75)
                 )
                 done += 1
             if row:
@@ -289,9 +289,10 @@ class Campaign:
             self.slurm_started = True
 
     def ctl(self, *words: object) -> str:
-        """What a command on the login node prints; "" where it fails, as for a job that has gone."""
+        """What a command on the login node prints; "?" where Slurm has no time for it."""
         command = [str(HERE / "slurm.sh"), str(self.folder / "slurm"), "in", "ctl", *map(str, words)]
-        return subprocess.run(command, text=True, capture_output=True, cwd=ROOT, check=False).stdout.strip()
+        run = subprocess.run(command, text=True, capture_output=True, cwd=ROOT, check=False)
+        return "?" if run.returncode else run.stdout.strip()
 
     def job(self, name: str, fault: list[str], steps: int = STEPS) -> None:
         """job.sbatch on two nodes. It goes on by itself, but after scancel: then the same command does."""
@@ -305,6 +306,9 @@ class Campaign:
         def state() -> str:
             return self.ctl("squeue", "--noheader", "--job", job, "--format=%T")
 
+        def begun() -> int:
+            return sum(log.read_text().count(text) for text in ("resuming from", "starting at step"))
+
         def until(condition: Callable[[], bool]) -> None:
             for _ in range(600):
                 if condition():
@@ -315,19 +319,22 @@ class Campaign:
         until(lambda: run.steps() >= 2)
         before, struck_s = run.complete(), time.monotonic()
         self.slurm(*(word.replace("JOB", job) for word in fault))
-        until(lambda: state() != "RUNNING")
+        ended = ("PENDING", "", *(["COMPLETING"] if fault[0] == "crash" else []))  # as long as its node is down
+        until(lambda: state() in ended)
         row.tried += 1
         row.ended_s.append(time.monotonic() - struck_s)
-        if fault[0] == "crash":  # until then the job is COMPLETING
+        if fault[0] == "crash":
             self.slurm("boot", fault[1])
-        until(lambda: state() in ("PENDING", ""))
+            until(lambda: state() in ("PENDING", ""))
         lost, had, started_s = run.lost(before), max(run.complete(), default=0), time.monotonic()
+        starts = begun()
         if not state():
             run.finish(row, 2)
-        else:  # Slurm holds a requeued job for two minutes
+        else:  # Slurm holds a requeued job for two minutes; at once, nodes refuse what is sent to them
+            time.sleep(3)
             release = ["scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=10"]
             until(lambda: [self.ctl(*release), state()][1] != "PENDING")
-            until(lambda: run.steps() > had or not state())
+            until(lambda: not state() or (begun() > starts and run.steps() > had))
             row.went_on_s.append(time.monotonic() - started_s)
             until(lambda: not state())
         if lost or not run.same_bytes():
