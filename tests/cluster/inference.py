@@ -211,11 +211,16 @@ def test_a_second_job_in_the_folder_is_refused_and_costs_nothing(slurm, whole):
     folder = slurm.shared / "twice"
     slurm.submit(folder, "--array=1-2")
     slurm.wait(lambda: len(list(folder.glob(".lock.*"))) == 2, "no shard has begun")
-    second = slurm.submit(folder, "-N2")
+    first = processes(folder)
+    for pid in first:
+        os.kill(pid, signal.SIGSTOP)  # it would be done before the second has begun
+    second = slurm.submit(folder, "--array=1-2")
+    slurm.wait(lambda: not any(job.startswith(f"{second}_") for job in slurm.jobs()), "it does not end")
+    for pid in first:
+        os.kill(pid, signal.SIGCONT)
     slurm.finish()
-    text = (folder / f"{second}.log").read_text()
-    refused = text.count("another run is writing there; wait or name another")
-    assert 0 < refused == 2 - text.count("nothing to do"), text  # a shard of the first may have ended meanwhile
+    text = "\n".join(log.read_text() for log in folder.glob("*.log"))
+    assert text.count("another run is writing there; wait or name another") == 2, text
     assert answers(folder) == answers(whole)
 
 
