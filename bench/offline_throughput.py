@@ -278,26 +278,16 @@ def vllm(row: str, given: argparse.Namespace, inputs: Inputs, work: Work) -> dic
         for path in (result, result.with_suffix(".ready")):
             path.unlink(missing_ok=True)
         write_json(result.with_suffix(".spec"), spec | {"work": work[copy::copies]})
-        words = [
-            *shlex.split(given.vllm),
-            "-P",
-            ROOT / "bench" / "peers.py",
-            "vllm",
-            result.with_suffix(".spec"),
-            result,
-        ]
-        own = {"CUDA_VISIBLE_DEVICES": visible_gpus()[copy]} if copies > 1 else {}
-        processes.append(subprocess.Popen(words, env=os.environ | own))
+        words = [*shlex.split(given.vllm), "-P", ROOT / "bench" / "peers.py", "vllm"]
+        words += [result.with_suffix(".spec"), result]
+        gpu = {"CUDA_VISIBLE_DEVICES": rows.visible_gpus()[copy]} if copies > 1 else {}
+        processes.append(subprocess.Popen(words, env=os.environ | gpu))
     if any([process.wait() for process in processes]):
         raise UserError("vLLM failed")
     found = [json.loads(result.read_text()) for result in results]
     times = {name: max(part[name] for part in found) for name in ("seconds", "load_s")}
     tokens = sum(tokens for _, tokens in work)
     return found[0] | times | {"tokens_per_s": tokens / times["seconds"], "engine_args": spec["engine_args"]}
-
-
-def visible_gpus() -> list[str]:
-    return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(16)))).split(",")
 
 
 def measure_row(row: str, given: argparse.Namespace, inputs: Inputs, work: Work) -> dict:

@@ -3,7 +3,7 @@
     python -P bench/peers.py vllm SPEC.json RESULT.json
     python -P bench/peers.py trl SPEC.json RESULT.json      # as `accelerate launch` with the ZeRO-3 file that TRL ships
 
-Tried with vLLM 0.26.0 (torch 2.11) and TRL 1.16.0. All that SPEC does not name is the library's own default.
+For vLLM 0.26.0 (torch 2.11) and TRL 1.16.0. All that SPEC does not name is the library's own default.
 """
 
 import importlib.metadata
@@ -47,16 +47,13 @@ def vllm(spec: dict, result: Path) -> dict:
     found = [len(answer.outputs[0].token_ids) for answer in answers]
     if found != [tokens for _, tokens in spec["work"]]:
         sys.exit("error: an answer did not end at its length")
-    scheduler, compilation = (
-        llm.llm_engine.vllm_config.scheduler_config,
-        llm.llm_engine.vllm_config.compilation_config,
-    )
+    config = llm.llm_engine.vllm_config
     return {
         "seconds": seconds,
         "load_s": load_s,
         "cached_prompt_tokens": sum(answer.num_cached_tokens or 0 for answer in answers),
-        "most_running": scheduler.max_num_seqs,
-        "largest_cuda_graph": compilation.max_cudagraph_capture_size,
+        "most_running": config.scheduler_config.max_num_seqs,
+        "largest_cuda_graph": config.compilation_config.max_cudagraph_capture_size,
         "versions": versions("vllm", "torch", "transformers"),
     }
 

@@ -22,6 +22,11 @@ def split(name: str) -> tuple[str, dict[str, str]]:
     return kind, dict(lever.split("=", 1) for lever in levers)
 
 
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
+    return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(16)))).split(",")
+
+
 def in_child(function: Callable[[], dict], log: Path) -> dict:
     """What `function` returns in a process of its own, whose output goes to `log`. Raises UserError, of a process
     that ends without a result with its own error, else with the last line of its output."""

@@ -254,8 +254,7 @@ def start_nodes(gpus: int) -> int:
             os.environ["NODE_RANK"] = str(node)
             break
     rank = int(os.environ["NODE_RANK"])
-    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(16)))).split(",")
-    mine = ",".join(visible[rank * gpus :][:gpus])
+    mine = ",".join(rows.visible_gpus()[rank * gpus :][:gpus])
     os.environ |= {"NCCL_HOSTID": f"node{rank}", "CUDA_VISIBLE_DEVICES": mine}
     return rank
 
@@ -265,22 +264,14 @@ def run_trl(name: str, given: argparse.Namespace, model: Path, data_path: Path, 
     _, flags, settings, variables = row_named(name)
     if not given.trl:
         raise UserError(f"the row {name} needs --trl PYTHON, with TRL 1.16.0")
-    defaults = Arguments()
+    lora = {name: getattr(Arguments(), name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
+    lora["r"] = lora.pop("lora_r")
     spec = {
-        **{
-            "model": str(model),
-            "documents": str(data_path),
-            "rows": DOCUMENTS,
-            "dtype": flags.get("dtype", "fp16"),
-        },
-        **{"gpus": int(flags.get("num_gpus", 2)), "cap_gib": float(variables.get("GPU_MEMORY_CAP_GIB", 0))},
-        **{"packing": name.startswith("trl_packed"), "port": free_port(), "settings": settings},
-        **{"warm_up": WARM_UP_MICRO_BATCHES, "steps": given.micro_batches},
-        "lora": {
-            "r": defaults.lora_r,
-            "lora_alpha": defaults.lora_alpha,
-            "lora_dropout": defaults.lora_dropout,
-        },
+        **{"model": str(model), "documents": str(data_path), "rows": DOCUMENTS, "settings": settings},
+        **{"dtype": flags.get("dtype", "fp16"), "cap_gib": float(variables.get("GPU_MEMORY_CAP_GIB", 0))},
+        **{"gpus": int(flags.get("num_gpus", 2)), "port": free_port()},
+        **{"packing": name.startswith("trl_packed"), "steps": given.micro_batches},
+        **{"warm_up": WARM_UP_MICRO_BATCHES, "lora": lora},
     }
     write_json(folder / "spec.json", spec)
     words = [*shlex.split(given.trl), "-P", Path(__file__).with_name("peers.py"), "trl", folder / "spec.json"]
