@@ -359,7 +359,12 @@ class Campaign:
                 while "error: " not in Path(log.name).read_text() and srun.poll() is None:
                     time.sleep(0.05)
                 row.ended_s.append(time.monotonic() - struck_s)
-                srun.wait(300)
+                try:
+                    srun.wait(300)
+                except subprocess.TimeoutExpired:
+                    srun.kill()
+                    print(f"srun does not return:\n{Path(log.name).read_text()[-6000:]}")
+                    row.lost += 1
             row.tried += 1
             self.row(f"{name}: until srun returned").ended_s.append(time.monotonic() - struck_s)
             text = Path(log.name).read_text()
