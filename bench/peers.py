@@ -104,7 +104,6 @@ def trl_rank(spec: dict, result: Path) -> dict:
         "packing": spec["packing"],
         spec["dtype"]: True,
         "model_init_kwargs": {"dtype": "auto"},  # float32 is TRL's default
-        "per_device_train_batch_size": 4,
         **{"output_dir": tempfile.mkdtemp(), "save_strategy": "no", "report_to": "none", "disable_tqdm": True},
     } | spec["settings"]
     config = SFTConfig(**settings)

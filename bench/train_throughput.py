@@ -264,6 +264,7 @@ def run_trl(name: str, given: argparse.Namespace, model: Path, data_path: Path, 
     _, flags, settings, variables = row_named(name)
     if not given.trl:
         raise UserError(f"the row {name} needs --trl PYTHON, with TRL 1.16.0")
+    settings |= {n: json.loads(value) for n, value in flags.items() if n not in ("dtype", "num_gpus")}
     lora = {name: getattr(Arguments(), name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
     lora["r"] = lora.pop("lora_r")
     spec = {

@@ -209,6 +209,17 @@ class Campaign:
                 print(f"{done} kills", flush=True)
             shutil.rmtree(run.out, ignore_errors=True)
 
+    def meeting(self, tries: int) -> None:
+        """kill -9 of a node while the ranks meet, where gloo waits for minutes for one that is gone."""
+        for number in range(tries):
+            run = Run(self, f"meeting-{number}")
+            run.start(2)
+            run.processes[0].wait_for(lambda run=run: "starting at step" in run.texts())
+            time.sleep(0.02 * number)
+            victim = -run.processes[1].pid
+            name = "kill -9 of a node while the ranks meet or load"
+            self.strike(run, name, lambda pid=victim: os.kill(pid, signal.SIGKILL), (-signal.SIGKILL, 75))
+
     def disk_full(self) -> None:
         run = Run(self, "disk_full")
         run.out.mkdir()
@@ -379,6 +390,7 @@ class Campaign:
     def main(self, kills: int, only: list[str]) -> int:
         todo = {
             "kills": lambda: self.kills(kills),
+            "meeting": lambda: self.meeting(10),
             "disk_full": self.disk_full,
             "read_only": self.read_only,
             "damaged": self.damaged,
