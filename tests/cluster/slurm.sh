@@ -128,7 +128,8 @@ start() {  # NODES GPUS
     configure "$1" "$2"
     : > "$STATE/pids"
     boot ctl
-    inside ctl ip link add br0 type bridge
+    # An address of its own: a bridge takes its lowest cable's, and with that cable gone nobody would reach ctl for a while.
+    inside ctl ip link add br0 address 02:00:00:00:00:01 type bridge
     inside ctl ip addr add 10.213.0.1/24 dev br0
     inside ctl ip link set br0 up
     inside ctl munged --force --key-file="$STATE/munge.key" --socket="$STATE/munge.socket" \
