@@ -1,6 +1,6 @@
 """Fine-tuning tokens/s on two GPUs: the starter's settings, ours, and weights that no one has to gather.
 
-    python bench/train_throughput.py starter replicated ours_bf16 replicated_bf16 ours_1gpu_nocap ours_2gpu_nocap
+    python bench/train_throughput.py starter replicated ours_bf16 ours_1gpu_nocap ours_2gpu_nocap
     NCCL_P2P_DISABLE=1 python bench/train_throughput.py starter replicated --output slow.json    # no direct copies
     python bench/train_throughput.py ours_2gpu_nocap,tokens_per_micro_batch=4096,lora_r=64 --output budgets.json
     python bench/train_throughput.py starter --device cpu        # tries the script: tiny model, fp32
@@ -19,8 +19,7 @@ rows:
     starter               its ZeRO settings: a document a row, padded to 512, 4 micro-batches a step
     replicated            weights whole on each GPU, LoRA gradients summed (DeepSpeed stage 0), without the cap, all
                           layers computed again as in ours
-    ours_bf16, replicated_bf16              16,384 tokens a micro-batch, without the cap, all kernels; replicated, 24 of
-                                            32 layers keep their activations
+    ours_bf16                               16,384 tokens a micro-batch, without the cap, all kernels
     plain, plain_bf16                       ours and ours_bf16 as transformers and PEFT compute a layer, and all layers
                                             computed again in the backward pass
     ours_1gpu_nocap, ours_2gpu_nocap        the same tokens per GPU, all layers computed again
@@ -30,21 +29,25 @@ rows:
                           GPUs and between them sockets, as nodes have
 
 Rates count real tokens (`real_share` of the data's positions are not padding) and use the median step after 4
-micro-batches of warm-up.
+micro-batches of warm-up. On a GPU the last micro-batch of rank 0 is profiled: `gpu_s` of its kernels by kind, and how long
+none ran.
 """
 
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -80,6 +83,15 @@ STARTER_ZERO = {  # its deepspeed/utils/ds_utils.py
     "memory_efficient_linear": False,
 }
 REPLICATED = {"stage": 0}
+# Kinds of GPU kernels by their names; the others are elementwise.
+KINDS = {
+    "all-gathers and sums over GPUs": "nccl",
+    "matrix products": "gemm|nvjet|cutlass_.*tensorop|splitK",
+    "attention": "fmha|flash|attention",
+    "copies": "[Mm]emcpy|[Mm]emset|copy|CatArray",
+    "sums over rows": "reduce|softmax",
+    "dropout": "dropout",
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,6 @@ ROWS = {
     "starter": Row(PADDED, zero=STARTER_ZERO, cap=True, one_document_a_row=True),
     "replicated": Row({"kept_layers": 0}, zero=REPLICATED),
     "ours_bf16": Row(LARGE, dtype="bf16"),
-    "replicated_bf16": Row(LARGE | {"kept_layers": 24}, dtype="bf16", zero=REPLICATED),
     "plain": Row(PLAIN, cap=True),
     "plain_bf16": Row(LARGE | PLAIN, dtype="bf16"),
     "ours_1gpu_nocap": Row({"num_gpus": 1, "kept_layers": 0}),
@@ -112,7 +123,6 @@ ROWS = {
 RATIOS = {
     "ratio_vs_starter": ("ours", "starter"),
     "ratio_vs_ceiling": ("ours", "replicated"),
-    "ratio_bf16_vs_ceiling": ("ours_bf16,kept_layers=24", "replicated_bf16"),
     "ratio_vs_trl": ("ours", "trl_packed,per_device_train_batch_size=8"),
     "ratio_vs_plain": ("ours", "plain"),
     "ratio_bf16_vs_plain": ("ours_bf16", "plain_bf16"),
@@ -223,7 +233,8 @@ def run_program(row: Row, argv: list[str], folder: Path, variables: dict[str, st
     """The exit code of deepspeed/main.py with what is special about `row`, in this process. Killed if it hangs."""
     os.environ.pop("GPU_MEMORY_CAP_GIB", None)
     os.environ |= ({"GPU_MEMORY_CAP_GIB": str(CAP_GIB)} if row.cap else {}) | variables
-    node = start_nodes(parse(argv).num_gpus)
+    args = parse(argv)
+    node, micro_batches = start_nodes(args.num_gpus), args.max_steps * args.gradient_accumulation_steps
     signal.alarm(ROW_TIMEOUT_S)
     if row.one_document_a_row:
         from lora_sft import data
@@ -233,7 +244,7 @@ def run_program(row: Row, argv: list[str], folder: Path, variables: dict[str, st
         program.read_zero_config = lambda path: read_zero_config(path) | {"zero_optimization": REPLICATED}
     run_ranks = launch.run_ranks
     launch.run_ranks = lambda function, *rest: run_ranks(
-        functools.partial(run_rank, row, folder, function), *rest
+        functools.partial(run_rank, row, folder, micro_batches, function), *rest
     )
     code = program.main(argv)
     if node:
@@ -282,7 +293,7 @@ def run_trl(name: str, given: argparse.Namespace, model: Path, data_path: Path, 
     return json.loads((folder / "result.json").read_text())
 
 
-def run_rank(row: Row, folder: Path, function: Callable[[int], int], rank: int) -> int:
+def run_rank(row: Row, folder: Path, micro_batches: int, function: Callable[[int], int], rank: int) -> int:
     """A rank of the program, with what is special about `row`; rank 0 leaves its peak of allocated memory."""
     import torch
 
@@ -295,12 +306,48 @@ def run_rank(row: Row, folder: Path, function: Callable[[int], int], rank: int) 
             torch.backends.cuda.enable_math_sdp(False)
     if row.zero == REPLICATED:
         replicate()
+    profiled = profile_last_micro_batch(micro_batches) if rank == 0 and cuda else {}
     code = function(rank)
     if rank == 0 and cuda:
         stats = torch.cuda.memory_stats()
-        seen = {"peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30}
+        seen = profiled | {"peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30}
         write_json(folder / OBSERVED, seen | {"alloc_retries": stats["num_alloc_retries"]})
     return code
+
+
+def profile_last_micro_batch(number: int) -> dict:
+    """Profiles Trainer's forward and backward pass of that number; the result is filled in then."""
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import Trainer
+
+    step, count, found = Trainer.training_step, itertools.count(1), {}
+
+    def training_step(*args, **kwargs):
+        if next(count) != number:
+            return step(*args, **kwargs)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            loss = step(*args, **kwargs)
+            torch.cuda.synchronize()
+        wall_s = time.perf_counter() - began
+        spans = sorted(
+            (e.time_range.start, e.time_range.end, e.name)
+            for e in seen.events()
+            if e.device_type == DeviceType.CUDA
+        )
+        busy, last, by_kind = 0.0, 0.0, {}
+        for start, end, name in spans:
+            busy, last = busy + max(0.0, end - max(start, last)), max(last, end)
+            kind = next((kind for kind, names in KINDS.items() if re.search(names, name)), "elementwise")
+            by_kind[kind] = by_kind.get(kind, 0.0) + (end - start) / 1e6
+        found["gpu_s"] = by_kind | {"none": (spans[-1][1] - spans[0][0] - busy) / 1e6, "in all": wall_s}
+        return loss
+
+    Trainer.training_step = training_step
+    return found
 
 
 def replicate() -> None:

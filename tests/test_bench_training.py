@@ -108,7 +108,7 @@ def test_the_replicated_row_scales_its_loss():
 
 def test_ratios_are_of_rows_of_the_same_command():
     rates = {"ours": 6000, "starter": 100, "replicated": 7500, "ours_1gpu_nocap": 8000, "ours_2gpu_nocap": 6400}
-    rates["replicated_bf16"] = 1  # ours_bf16 fails
+    rates["plain_bf16"] = 1  # ours_bf16 fails
     same = {"peak_reserved_gib": None, "predicted_peak_gib": None, "gpu_name": "H100"}
     rows = [{"row": row, "real_tokens_per_s_per_gpu": rate} | same for row, rate in rates.items()]
     rows[0] |= {"peak_reserved_gib": 10.0, "predicted_peak_gib": 11.0}

@@ -33,7 +33,7 @@ def test_lora_as_one_function_gives_pefts_output_and_gradients(libraries, tmp_pa
             )
             model = get_peft_model(model, config)
             if fused:
-                kernels.fuse_lora(model)
+                kernels.fuse(model, ("lora",), "fp32")
             x = torch.randn(2, 4, 6, dtype=torch.double, requires_grad=True)
             out = model(x)
             (out * torch.randn_like(out)).sum().backward()
@@ -43,6 +43,67 @@ def test_lora_as_one_function_gives_pefts_output_and_gradients(libraries, tmp_pa
 
         for ours, pefts in zip(gradients(True), gradients(False), strict=True):
             torch.testing.assert_close(ours, pefts)
+
+    in_child(compare, tmp_path)
+
+
+@pytest.mark.v100
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_norms_and_rotations_give_transformers_logits_and_gradients(libraries, tmp_path, model_type):
+    """In fp64, of a whole model."""
+
+    def compare():
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from lora_sft import kernels
+
+        def gradients(*chosen: str) -> list[torch.Tensor]:
+            torch.manual_seed(0)
+            sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 99}
+            heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(model_type, **sizes, **heads)
+            ).double()
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, 0.3, 0.4)
+            targets = ["q_proj", "k_proj", "down_proj"]
+            model = get_peft_model(model, LoraConfig(target_modules=targets, init_lora_weights=False))
+            kernels.fuse(model, chosen, "fp32")
+            replaced = [m for m in model.modules() if "forward" in vars(m) and hasattr(m, "variance_epsilon")]
+            assert len(replaced) == (5 if chosen else 0)
+            logits = model(torch.arange(30).view(2, 15)).logits
+            logits.square().sum().backward()
+            return [logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+        theirs = gradients()
+        for ours, transformers in zip(gradients("rms_norm", "rope"), theirs, strict=True):
+            torch.testing.assert_close(
+                ours, transformers, rtol=1e-3, atol=1e-5
+            )  # transformers norms in 32 bits
+
+    in_child(compare, tmp_path)
+
+
+@pytest.mark.v100
+def test_a_norm_rounds_where_transformers_does(libraries, tmp_path):
+    """In fp16, weights and inputs far from 1: the same bits but for the sum's last one."""
+
+    def compare():
+        import torch
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+        from lora_sft.kernels import rms_norm_forward
+
+        torch.manual_seed(0)
+        norm = LlamaRMSNorm(256).half()
+        torch.nn.init.normal_(norm.weight, 0, 5)
+        x = (torch.randn(64, 256) * 700).half()  # its squares are beyond fp16
+        ours, theirs = rms_norm_forward(norm, x), norm(x)
+        assert ours.dtype == torch.float16
+        assert (ours != theirs).float().mean() < 0.01
+        torch.testing.assert_close(ours, theirs)
 
     in_child(compare, tmp_path)
 
@@ -63,9 +124,10 @@ def test_documents_begin_where_positions_are_0(libraries, tmp_path):
     [
         (HOPPER, "llama", KERNELS, "9.0 runs all of them"),
         (HOPPER, "opt", ("lora", "varlen"), "does not know opt models"),
-        (VOLTA, "llama", ("lora",), "need bf16 and a GPU of capability 8.0"),
-        (replace(HOPPER, dtype="fp16"), "llama", ("lora",), "need bf16"),
-        (Gpus(None, None, None, 14.6, 2, "fp32", ""), "llama", ("lora",), "need bf16"),
+        (VOLTA, "llama", ("lora", "rms_norm", "rope"), "need bf16 and a GPU of capability 8.0"),
+        (VOLTA, "gemma", ("lora",), "gemma models may compute them otherwise"),
+        (replace(HOPPER, dtype="fp16"), "qwen2", ("lora", "rms_norm", "rope"), "need bf16"),
+        (Gpus(None, None, None, 14.6, 2, "fp32", ""), "mistral", ("lora", "rms_norm", "rope"), "need bf16"),
     ],
 )
 def test_a_run_takes_what_its_gpus_and_its_model_have(libraries, tmp_path, gpus, model_type, chosen, why):

@@ -136,7 +136,7 @@ def test_a_small_model_with_a_large_vocabulary():
 # --- what autograd keeps ------------------------------------------------------------------------------
 
 
-def peak_of_a_step(config: dict, dropout: float, rows: int, answers: int, fused: bool) -> int:
+def peak_of_a_step(config: dict, dropout: float, rows: int, answers: int, fused: tuple) -> int:
     """Bytes at the peak of a forward and backward pass with checkpointing, in fp16, less those of the parameters, of
     tensors without memory. Attention and dropout are a GPU's kernels: the fused one that takes packed rows' mask, and the
     one whose mask has a byte."""
@@ -168,12 +168,12 @@ def peak_of_a_step(config: dict, dropout: float, rows: int, answers: int, fused:
             self.live -= size
             seen.discard(key)
 
-    def fused(query, key, value, attn_mask=None, **_):
+    def attend(query, key, value, attn_mask=None, **_):
         bias = torch.empty(1, 1, query.shape[2], query.shape[2], dtype=query.dtype, device=query.device)
         bias = bias.expand(*query.shape[:3], query.shape[2])
         return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True)[0]
 
-    torch.nn.functional.scaled_dot_product_attention = fused
+    torch.nn.functional.scaled_dot_product_attention = attend
     torch.nn.functional.dropout = lambda x, p, *_: torch.ops.aten.native_dropout(x, p, True)[0]
     torch.nn.Module.to = lambda module, *_, **__: module  # everything is made where it belongs
     torch.set_default_dtype(torch.float16)
@@ -182,8 +182,7 @@ def peak_of_a_step(config: dict, dropout: float, rows: int, answers: int, fused:
         model = LlamaForCausalLM(LlamaConfig(**config, use_cache=False, attn_implementation="sdpa"))
         lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_dropout=dropout, target_modules="all-linear")
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
-        if fused:
-            kernels.fuse_lora(model)
+        kernels.fuse(model, fused, "fp16")
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
         head = model.get_output_embeddings()
@@ -201,7 +200,10 @@ def peak_of_a_step(config: dict, dropout: float, rows: int, answers: int, fused:
     return counted.peak
 
 
-@pytest.mark.parametrize(("dropout", "fused"), [(0.05, False), (0.05, True), (0.0, True)])
+@pytest.mark.parametrize(
+    ("dropout", "fused"),
+    [(0.05, ()), (0.05, ("lora",)), (0.05, ("lora", "rms_norm", "rope")), (0.0, ("lora", "rms_norm", "rope"))],
+)
 @pytest.mark.parametrize("name", SHAPES)
 def test_activations_and_logits_are_what_autograd_keeps(transformers, tmp_path, name, dropout, fused):
     """Of three layers: the peak is in a layer with few logits, in the loss with many."""
@@ -212,7 +214,7 @@ def test_activations_and_logits_are_what_autograd_keeps(transformers, tmp_path, 
     def look() -> int:
         for answer_share in (0.05, 0.9):
             measured = peak_of_a_step(config, dropout, 4, int(4096 * answer_share), fused)
-            how = {"dtype": "fp16", "world_size": 1, "answer_share": answer_share, "kernels": ("lora",) * fused}
+            how = {"dtype": "fp16", "world_size": 1, "answer_share": answer_share, "kernels": fused}
             parts = memory.predict(config, base_parameters(config), [1], args, ZERO, **how)
             print(sum(parts[part] for part in names) / (measured / 2**30))
         return 0

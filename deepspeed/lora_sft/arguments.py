@@ -42,7 +42,7 @@ CHANGED_FLAGS = {
     "eval_iters": "--max_eval_rows",
 }
 
-# Fused steps of a decoder layer (lora_sft/kernels.py); Liger's are rms_norm, rope and swiglu.
+# Fused steps of a decoder layer (lora_sft/kernels.py); where Triton runs, Liger's are rms_norm, rope and swiglu.
 KERNELS = ("lora", "varlen", "rms_norm", "rope", "swiglu")
 
 # Values of the rehearsal where it must differ from the real job: 2 CPU ranks, and a model that they can train in a minute.

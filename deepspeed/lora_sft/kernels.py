@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import logging
+import sys
 import types
 
 import torch
@@ -18,6 +19,8 @@ from .arguments import KERNELS, Arguments
 from .machine import Gpus
 
 LIGER = ("rms_norm", "rope", "swiglu")  # of liger-kernel, in Triton
+OURS = ("rms_norm", "rope")  # below, where Triton does not run, for models that compute both as Llama does
+LIKE_LLAMA = ("llama", "mistral", "qwen2")
 # It warns that what other hardware needs cannot be imported.
 logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
 
@@ -44,11 +47,13 @@ def why_not(gpus: Gpus, model_type: str | None, zero_config: dict) -> dict[str, 
         found["lora"] = (
             "without the decoder layer as leaf_module DeepSpeed gathers for each linear layer's own call"
         )
-    # bf16 stands for the units: fp16 on such a card is asked for, to see what an older one computes.
-    if not gpus.capability or gpus.capability < [8, 0] or gpus.dtype != "bf16":
-        return found | dict.fromkeys(
-            (*LIGER, "varlen"), "Triton and FlashAttention need bf16 and a GPU of capability 8.0"
+    if not has_triton(gpus.dtype, gpus.capability):
+        found |= dict.fromkeys(
+            ("swiglu", "varlen"), "Triton and FlashAttention need bf16 and a GPU of capability 8.0"
         )
+        if model_type not in LIKE_LLAMA:
+            found |= dict.fromkeys(OURS, f"{model_type} models may compute them otherwise")
+        return found
     if not importlib.util.find_spec("liger_kernel"):
         return found | dict.fromkeys(LIGER, "liger-kernel is not installed: pip install -r requirements.txt")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -58,21 +63,36 @@ def why_not(gpus: Gpus, model_type: str | None, zero_config: dict) -> dict[str, 
     return found
 
 
-def of_trainer(chosen: tuple[str, ...]) -> dict:
+def has_triton(dtype: str, capability: list[int] | None) -> bool:
+    """bf16 stands for the units: fp16 on such a card is asked for, to see what an older one computes."""
+    return dtype == "bf16" and bool(capability) and list(capability) >= [8, 0]
+
+
+def by_liger(dtype: str) -> bool:
+    """Asked in a rank, whose GPU is chosen."""
+    return torch.cuda.is_available() and has_triton(dtype, torch.cuda.get_device_capability())
+
+
+def of_trainer(chosen: tuple[str, ...], dtype: str) -> dict:
     """Arguments of Trainer. Liger's losses stay off: they compute the logits of every token."""
-    names = {name: name in chosen for name in LIGER}
+    names = {name: name in chosen and by_liger(dtype) for name in LIGER}
     losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     return {"use_liger_kernel": any(names.values()), "liger_kernel_config": names | losses}
 
 
-# --- LoRA ---------------------------------------------------------------------------------------------
-
-
-def fuse_lora(model: PeftModel) -> None:
-    """Each linear layer with an adapter as one function, in the way that Liger replaces modules' `forward`."""
+def fuse(model: PeftModel, chosen: tuple[str, ...], dtype: str) -> None:
+    """What Liger does not, in the way that it does: modules get another `forward`, their file another function."""
+    chosen = tuple(name for name in chosen if name not in LIGER or not by_liger(dtype))
     for module in model.modules():
-        if isinstance(module, Linear):
+        if "lora" in chosen and isinstance(module, Linear):
             module.forward = types.MethodType(lora_forward, module)
+        if "rms_norm" in chosen and hasattr(module, "variance_epsilon"):
+            module.forward = types.MethodType(rms_norm_forward, module)
+    if "rope" in chosen:
+        sys.modules[type(model.get_base_model()).__module__].apply_rotary_pos_emb = rotate_queries_and_keys
+
+
+# --- LoRA ---------------------------------------------------------------------------------------------
 
 
 def lora_forward(module: Linear, x: torch.Tensor) -> torch.Tensor:
@@ -116,6 +136,61 @@ class LoraLinear(torch.autograd.Function):
             (gradient.t() @ low).mul_(ctx.scale),
             None,
         )
+
+
+# --- RMSNorm and RoPE without Triton ------------------------------------------------------------------
+
+
+def rms_norm_forward(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return RmsNorm.apply(x, module.weight, module.variance_epsilon)
+
+
+class RmsNorm(torch.autograd.Function):
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, with transformers' roundings. That keeps x in fp32 and
+    reads and writes it so; here only sums over a row and the backward pass have 32 bits. `weight` is frozen."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = torch.linalg.vector_norm(
+            x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+        )
+        scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, scale = ctx.saved_tensors
+        gradient, normed = gradient * weight, x * scale
+        along = (normed * gradient).mean(-1, keepdim=True)
+        across = torch.addcmul(gradient, normed, along, value=-1)
+        return torch.mul(across, scale, out=torch.empty_like(x)), None, None
+
+
+def rotate_queries_and_keys(query, key, cos, sin, unsqueeze_dim=1):
+    """transformers' `apply_rotary_pos_emb`: [B, heads, S, D] each, cos and sin [B, S, D]."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return Rotate.apply(query, cos, sin), Rotate.apply(key, cos, sin)
+
+
+class Rotate(torch.autograd.Function):
+    """x * cos + rotate_half(x) * sin, into one result; backwards the angle is negative."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotated(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return rotated(gradient, *ctx.saved_tensors, -1), None, None
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+    out, half = x * cos, x.shape[-1] // 2
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+    return out
 
 
 # --- attention ----------------------------------------------------------------------------------------

@@ -36,8 +36,7 @@ def load_model(args: Arguments, plan: Plan, tokenizer: PreTrainedTokenizerBase) 
         not args.gradient_checkpointing
     ):  # with it Trainer does this: else ZeRO-3 releases the first layer before its turn
         model.enable_input_require_grads()
-    if "lora" in plan.kernels:
-        kernels.fuse_lora(model)
+    kernels.fuse(model, plan.kernels, plan.dtype)
     remember_parameters(model)
     return model
 

@@ -106,7 +106,7 @@ def training_arguments(args: Arguments, plan: Plan, **of_device) -> TrainingArgu
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=args.device == "cuda",
-        **kernels.of_trainer(plan.kernels),
+        **kernels.of_trainer(plan.kernels, plan.dtype),
         **of_device,
     )
 
