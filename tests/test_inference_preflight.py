@@ -35,10 +35,10 @@ V100 = replace(H200, name="Tesla V100-SXM2-16GB", memory_gib=15.8, free_gib=15.5
 
 
 def test_good_gpus(monkeypatch):
-    monkeypatch.setattr(machine, "ask_for_gpus", lambda: (H200, replace(H200, memory_gib=140.0)))
+    monkeypatch.setattr(machine, "ask_for_gpus", lambda: (H200, replace(H200, memory_gib=140.0, link=4e11)))
     monkeypatch.setattr(machine, "driver_version", lambda: "580.95.05")
     found, text = machine.look(Arguments())
-    assert (found.gpus, found.memory_gib, found.bandwidth) == (2, 140.0, 4.9e12)
+    assert (found.gpus, found.memory_gib, found.bandwidth, found.link) == (2, 140.0, 4.9e12, 4e11)
     assert text == "2 x NVIDIA H200, 140.0 GiB, driver 580.95.05"
 
 
@@ -98,11 +98,13 @@ def test_torch_says_what_the_gpus_are(monkeypatch):
     for name, answer in {
         **{"is_available": lambda: True, "init": lambda: None, "device_count": lambda: 2},
         **{"get_device_properties": cards.__getitem__, "mem_get_info": lambda _: (63 * 2**30, 64 * 2**30)},
+        "can_device_access_peer": lambda *pair: pair != (0, 1),
     }.items():
         monkeypatch.setattr(torch.cuda, name, answer)
     found = visible_gpus("", 1)
     assert [gpu.name for gpu in found] == ["card 0", "card 1"]
     assert (found[1].memory_gib, found[1].free_gib, found[1].capability) == (64, 63, (9, 0))
+    assert found[1].link == 0
     assert found[1].bandwidth == pytest.approx(4.9e12, rel=0.01)
     assert found[1].flops == pytest.approx(1.07e15, rel=0.01)
 

@@ -22,8 +22,9 @@ from workbench import UserError
 from workbench.machine import GIB
 
 HEADS = {"num_attention_heads": 28, "num_key_value_heads": 4}
+LAYERS = {"num_hidden_layers": 28, "hidden_size": 3584}
 QWEN_7B = Model(
-    *("qwen", HEADS | {"vocab_size": 152_064}, 32768, 15_230_000_000, 14_140_000_000),
+    *("qwen", HEADS | LAYERS | {"vocab_size": 152_064}, 32768, 15_230_000_000, 14_140_000_000),
     kv_bytes_per_token=57_344,
 )
 H200 = Machine("cuda", "NVIDIA H200", 1, 140.4, 4.8e12, 9.9e14)
@@ -311,6 +312,25 @@ def test_a_copy_for_each_core(cores, memory_gib, parameters, records, flags, cop
     model = replace(QWEN_7B, weight_bytes=int(2 * parameters))
     found = values(Arguments(device="cpu", **flags), machine, model, lengths=(50,) * records)
     assert (found["dp_size"], found["max_running_requests"]) == (copies, running)
+
+
+def test_fast_runs_share_a_copy_where_the_link_pays():
+    def ways(gpus: int = 2, gb_per_s: float = 390, lengths=(70,) * 805, lora=None, **flags) -> tuple[int, int]:
+        pair = replace(H200, gpus=gpus, link=gb_per_s * 1e9, bandwidth=3.35e12)
+        found = values(Arguments(**{"fast": True} | flags), pair, lengths=lengths, lora=lora)
+        return found["tp_size"], found["dp_size"]
+
+    assert ways() == (2, 1)  # AlpacaEval on two H100 with NVLink
+    assert ways(gb_per_s=25) == ways(gb_per_s=0) == (1, 2)  # PCIe; no way from GPU to GPU
+    assert ways(max_new_tokens=16) == ways(max_new_tokens=600) == (1, 2)  # prompts alone; no longest answer
+    assert ways(lengths=(70,) * 20_000) == (1, 2)  # more than run at once: the longest answer is not the end
+    assert ways(lora="/adapter") == ways(fast=False) == (1, 2)
+    assert ways(4) == (4, 1)
+    assert ways(4, tp_size=2) == (2, 2)
+    assert ways(dp_size=1) == (1, 1)
+    assert ways(3) == (1, 3)  # 28 heads on three GPUs
+    told = chosen(Arguments(fast=True), replace(H200, gpus=2, link=3.9e11)).reasons["tp_size"]
+    assert re.search(r"copy: 1: \d+\.\d s, 2: \d+\.\d s \(390 GB/s from GPU to GPU\)", told)
 
 
 def test_uuids_in_cuda_visible_devices_switch_off_what_cannot_read_them(monkeypatch):

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,7 @@ class Gpu:
     capability: tuple[int, int]
     bandwidth: float  # bytes/s
     flops: float  # dense fp16 tensor FLOP/s
+    link: float = 0.0  # bytes/s from the first GPU, by a copy; 0: none of the two reads the other's memory
 
 
 def visible_gpus(older_driver: str, gpus: int) -> tuple[Gpu, ...]:
@@ -154,6 +156,28 @@ def visible_gpus(older_driver: str, gpus: int) -> tuple[Gpu, ...]:
                 capability=capability,
                 bandwidth=2 * rate["memory_clock_rate"] * 1e3 * rate["memory_bus_width"] / 8,  # two a clock
                 flops=rate["clock_rate"] * 1e3 * per_clock,
+                link=link(index),
             )
         )
     return tuple(found)
+
+
+def link(index: int, size: int = 2**27) -> float:
+    """Bytes/s of a copy of `size` bytes from the first GPU to another; 0 where memory of the host is between them."""
+    import torch
+
+    if (
+        not index
+        or os.environ.get("NCCL_P2P_DISABLE") == "1"
+        or not torch.cuda.can_device_access_peer(0, index)
+    ):
+        return 0.0
+    source = torch.empty(size, dtype=torch.uint8, device="cuda:0")
+    target = source.to(f"cuda:{index}")  # the first copy opens the way
+    torch.cuda.synchronize(0)
+    began = time.perf_counter()
+    for _ in range(8):
+        target.copy_(source)
+    torch.cuda.synchronize(0)
+    torch.cuda.synchronize(index)
+    return 8 * size / (time.perf_counter() - began)

@@ -92,7 +92,9 @@ class Arguments:
     )
     batch_size: int = flag(0, "records in flight at once (0: all of them)")
     max_running_requests: int = flag(0, "requests the scheduler runs at once (0: chosen from the GPU)")
-    tp_size: int = flag(1, "GPUs that share one copy of the model")
+    tp_size: int = flag(
+        0, "GPUs that share one copy of the model (0: one; with --fast as link and records suggest)"
+    )
     dp_size: int = flag(
         0, "copies of the model (0: as many as the visible GPUs, or at most 4 CPU cores, allow)"
     )
@@ -155,6 +157,7 @@ class Arguments:
         other |= {"preflight_only", "download_only", "rehearse", "shard"}
         same = {name: value for name, value in asdict(self).items() if name not in other}
         changing = {name: value for name, value in self.own_engine_args.items() if name not in RESOURCES_ONLY}
+        same["tp_size"] = self.tp_size or 1
         same["engine_args"] = json.dumps(changing, sort_keys=True)
         if self.rehearse and Path(self.model_path).parent == self.folder:
             same["model_path"] = TINY_MODEL  # built in each output folder from the same seed
@@ -226,7 +229,7 @@ def _with_paths(args: Arguments) -> Arguments:
 def check_ranges(args: Arguments) -> None:
     """Raises UserError with the flag that is out of range."""
     least = {"temperature": 0, "max_new_tokens": 1, "batch_size": 0, "max_running_requests": 0}
-    for name, limit in (least | {"tp_size": 1, "dp_size": 0, "seed": 0}).items():
+    for name, limit in (least | {"tp_size": 0, "dp_size": 0, "seed": 0}).items():
         value = getattr(args, name)
         if not (value >= limit and math.isfinite(value)):
             raise UserError(f"--{name} {value}: must be at least {limit}")

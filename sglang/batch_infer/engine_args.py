@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workbench import UserError
@@ -22,6 +22,10 @@ CLIP_TOKENS = 4096  # SGLang's own clip of what a request may still need (manage
 INITIAL_RATIO = 0.7  # SGLANG_INIT_NEW_TOKEN_RATIO
 MOST_COPIES, CPU_ROWS = 4, 16  # on the CPU; rows of a product (runtime_plugins/cpu.py)
 SMALL_BYTES = 2**27  # weights for which a second copy's start takes longer than it saves
+LONGEST_ANSWER_TOKENS = 2000  # of 805; where the cap allows, one answer is about so long
+# A sum over GPUs: the time to begin one, and its rate as a share of a copy's from GPU to GPU. Two constants of one
+# measurement: AlpacaEval's answers take two H100 17.3 s with a copy on each, 15.3 s with a shared one.
+SUM_S, SUM_RATE = 8e-6, 0.5
 EXACT = "-fmad=false"  # nvcc: no fused multiply-adds
 SORTED_RUNNING, SORTED_BYTES = 256, 32  # at once, and bytes a logit, where SGLang's own seeded sampler draws
 
@@ -42,8 +46,10 @@ Choice = tuple[str, object, str]  # name, value, reason ("": not worth a line)
 
 def decide(args: Arguments, machine: Machine, model: Model, records: list[Record], order: Order) -> EngineArgs:
     """For the `records` that will run, in their `order`. --engine_args overrides any of them."""
+    args, shared = share(args, machine, model, records)
     choices = [
         ("model_path", model.folder, ""),
+        ("tp_size", args.tp_size, shared),
         *_tokenizer(args, model),
         *_for_every_device(args, model, records, order),
         *_reproducible(args),
@@ -100,7 +106,6 @@ def _for_every_device(args: Arguments, model: Model, records: list[Record], orde
         ("schedule_policy", order.schedule_policy, order.reason),
         ("schedule_conservativeness", conservativeness(most), room),
         ("constrained_json_disable_any_whitespace", True, "JSON answers are compact"),
-        ("tp_size", args.tp_size, "--tp_size"),
     ]
     # With its overlap scheduler SGLang counts tokens for the penalties a step late; bytes then depend on the batch.
     if args.jump_forward or any(set(PENALTIES) & record.own.keys() for record in records):
@@ -111,6 +116,39 @@ def _for_every_device(args: Arguments, model: Model, records: list[Record], orde
         why = "dual-chunk attention would switch RadixAttention off; these prompts are far below its chunk"
         choices.append(("json_model_override_args", '{"dual_chunk_attention_config": null}', why))
     return choices
+
+
+def share(args: Arguments, machine: Machine, model: Model, records: list[Record]) -> tuple[Arguments, str]:
+    """`args` with the number of GPUs that share one copy, and why. A step reads the weights once: of a copy on each GPU
+    all of them, of a shared one its part; but each layer then adds up two results over the link. What else a step
+    takes is the same both ways. Copies where bytes are promised: they must not depend on the number of GPUs."""
+    fixed = args.tp_size or args.dp_size or args.own_engine_args.keys() & {"tp_size", "dp_size", "nnodes"}
+    if fixed or args.reproducible or machine.gpus < 2:
+        return replace(args, tp_size=args.tp_size or 1), "--tp_size" if args.tp_size else ""
+    one_each = replace(args, tp_size=1)
+    if not (machine.link and machine.bandwidth) or any(record.lora for record in records):
+        why = "with adapters sharing was not measured" if machine.link else "no GPU reads another's memory"
+        return one_each, f"a copy on each GPU: {why}"
+    caps = [record.flag(args, "max_new_tokens") for record in records]
+    answers = sum(min(cap, EXPECTED_ANSWER_TOKENS) for cap in caps)
+    tokens = answers + sum(len(record.input_ids) for record in records)
+    sums, row_bytes = 2 * model.config["num_hidden_layers"], 2 * model.config["hidden_size"]
+
+    def seconds(gpus: int) -> float:
+        copies = machine.gpus // gpus
+        steps = min(max(caps), LONGEST_ANSWER_TOKENS) + answers / copies / (args.max_running_requests or 2048)
+        read_s = steps * model.streamed_bytes / gpus / machine.bandwidth
+        moved = tokens / copies * row_bytes * 2 * (gpus - 1) / gpus
+        return read_s + (sums * (steps * SUM_S + moved / (SUM_RATE * machine.link)) if gpus > 1 else 0)
+
+    heads = model.config["num_attention_heads"]
+    found = {n: seconds(n) for n in (1, 2, 4, 8) if machine.gpus % n == 0 and heads % n == 0}
+    best = min(found, key=found.get)
+    told = ", ".join(f"{n}: {found[n]:.1f} s" for n in found)
+    link = f"{machine.link / 1e9:.0f} GB/s from GPU to GPU"
+    return replace(
+        args, tp_size=best
+    ), f"reading weights and adding up, by GPUs that share a copy: {told} ({link})"
 
 
 def _tokenizer(args: Arguments, model: Model) -> list[Choice]:

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -38,6 +38,7 @@ class Machine:
     flops: float = 0.0  # dense fp16/bf16 tensor FLOP/s, from multiprocessors and clock
     compiler: dict[str, str] = field(default_factory=dict)  # environment of the wheel's nvcc, where it is used
     cores: int = 1
+    link: float = 0.0  # bytes/s from the first GPU to the slowest to reach; 0: none reads another's memory
 
 
 def look(args: Arguments) -> tuple[Machine, str]:
@@ -54,21 +55,22 @@ def look(args: Arguments) -> tuple[Machine, str]:
             raise UserError(
                 f"GPU {index}, {gpu.name}, has compute capability {major}.{minor} and SGLang needs 8.0; {OTHER_GPUS}"
             )
-    tp = -(-args.tp_size // args.nodes[1])  # a copy may be spread over nodes
-    wanted = tp * (args.dp_size or 1)
+    shared = -(-(args.tp_size or 1) // args.nodes[1])  # a copy may be spread over nodes
+    wanted = shared * (args.dp_size or 1)
     if wanted > len(gpus):
         raise UserError(
-            f"--tp_size {args.tp_size} --dp_size {args.dp_size or 1}: {wanted} GPUs needed, {len(gpus)} visible "
+            f"--tp_size {args.tp_size or 1} --dp_size {args.dp_size or 1}: {wanted} GPUs needed, {len(gpus)} visible "
             f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})"
         )
-    used = gpus[: tp * (args.dp_size or len(gpus) // tp)]
-    shared = _shared_gpu(used)
-    if shared and "max_total_tokens" not in args.own_engine_args:  # which bounds the pool
-        raise UserError(f"{shared}; --engine_args '{{\"max_total_tokens\": 100000}}' shares a GPU")
+    used = gpus[: shared * (args.dp_size or len(gpus) // shared)]
+    busy = _shared_gpu(used)
+    if busy and "max_total_tokens" not in args.own_engine_args:  # which bounds the pool
+        raise UserError(f"{busy}; --engine_args '{{\"max_total_tokens\": 100000}}' shares a GPU")
     smallest = min(used, key=lambda gpu: gpu.memory_gib)
     machine = Machine("cuda", gpus[0].name, len(gpus), smallest.memory_gib, smallest.bandwidth, smallest.flops)
+    machine = replace(machine, link=min((gpu.link for gpu in gpus[1:]), default=0.0))
     found = f"{len(gpus)} x {machine.gpu_name}, {machine.memory_gib:.1f} GiB, driver {driver_version()}"
-    return machine, f"WARN: {found}; {shared}" if shared else found
+    return machine, f"WARN: {found}; {busy}" if busy else found
 
 
 def ask_for_gpus() -> tuple[Gpu, ...]:
