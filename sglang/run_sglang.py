@@ -127,6 +127,8 @@ def decide(
 def answer(run: Run, partial: PartialFile) -> report.ThisStart | None:
     """Starts the engine and answers `run.todo`. None: a signal stopped it."""
     args, total = run.args, sum(not record.error for record in run.part)
+    if args.device == "cuda":
+        start.build_kernels(args, run.chosen, run.inputs.model, run.inputs.machine)
     started = start.start(args, run.chosen, run.inputs.model, run.todo)
     engine, stopped = started.engine, asyncio.Event()
     start.stop_on_signals(engine, stopped)

@@ -39,6 +39,7 @@ def test_good_gpus(monkeypatch):
     monkeypatch.setattr(machine, "driver_version", lambda: "580.95.05")
     found, text = machine.look(Arguments())
     assert (found.gpus, found.memory_gib, found.bandwidth, found.link) == (2, 140.0, 4.9e12, 4e11)
+    assert found.capability == (9, 0)
     assert text == "2 x NVIDIA H200, 140.0 GiB, driver 580.95.05"
 
 
@@ -162,7 +163,7 @@ def test_another_nvcc_is_replaced_by_the_wheels(monkeypatch, tools):
     """And that is said."""
     monkeypatch.setenv("CUDA_HOME", nvcc(tools / "12", "12.4"))
     monkeypatch.setenv("LIBRARY_PATH", "/elsewhere")
-    monkeypatch.setattr(machine, "driver_library", lambda: tools / "libcuda.so.580")
+    monkeypatch.setattr(machine, "driver_library", lambda folder: tools / "libcuda.so.580")
     compiler, text = machine.look_at_kernel_tools(Arguments())
     assert "the wheel's own (CUDA_HOME was " in text
     assert machine.nvcc_major(compiler["CUDA_HOME"]) == 13

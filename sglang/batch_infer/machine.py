@@ -37,6 +37,7 @@ class Machine:
     bandwidth: float = 0.0  # bytes/s, from the memory's clock and bus width
     flops: float = 0.0  # dense fp16/bf16 tensor FLOP/s, from multiprocessors and clock
     compiler: dict[str, str] = field(default_factory=dict)  # environment of the wheel's nvcc, where it is used
+    capability: tuple[int, int] = (0, 0)
     cores: int = 1
     link: float = 0.0  # bytes/s from the first GPU to the slowest to reach; 0: none reads another's memory
 
@@ -68,7 +69,8 @@ def look(args: Arguments) -> tuple[Machine, str]:
         raise UserError(f"{busy}; --engine_args '{{\"max_total_tokens\": 100000}}' shares a GPU")
     smallest = min(used, key=lambda gpu: gpu.memory_gib)
     machine = Machine("cuda", gpus[0].name, len(gpus), smallest.memory_gib, smallest.bandwidth, smallest.flops)
-    machine = replace(machine, link=min((gpu.link for gpu in gpus[1:]), default=0.0))
+    link = min((gpu.link for gpu in gpus[1:]), default=0.0)
+    machine = replace(machine, capability=gpus[0].capability, link=link)
     found = f"{len(gpus)} x {machine.gpu_name}, {machine.memory_gib:.1f} GiB, driver {driver_version()}"
     return machine, f"WARN: {found}; {busy}" if busy else found
 
@@ -145,19 +147,23 @@ def look_at_kernel_tools(args: Arguments) -> tuple[dict[str, str], str | None]:
     for tool, cure in (("g++", "load a compiler module (module load gcc)"), ("ninja", "run `make install`")):
         if shutil.which(tool) is None:
             raise UserError(f"{tool} is not on the PATH and FlashInfer compiles kernels with it; {cure}")
-    base = Path(os.environ.get("FLASHINFER_WORKSPACE_BASE") or Path.home())
-    cache = base / ".cache" / "flashinfer"
+    cache = kernel_cache()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache) as probe:  # other runs share this folder
             probe.write(b"x" * 2**20)
-        libraries = base / ".cache" / "cuda-libraries"
-        compiler = compiler_of_wheels(own, driver_library(), libraries) if own else {}
+        libraries = cache.with_name("cuda-libraries")
+        compiler = compiler_of_wheels(own, driver_library(libraries), libraries) if own else {}
     except OSError as error:
         raise UserError(
             f"{cache}: kernels cannot be stored there ({error.strerror}); set LLM_STORAGE"
         ) from error
     return compiler, f"nvcc of CUDA {major} {note}, g++, ninja, kernel cache {cache}"
+
+
+def kernel_cache() -> Path:
+    """FlashInfer's (its jit/env.py)."""
+    return Path(os.environ.get("FLASHINFER_WORKSPACE_BASE") or Path.home()) / ".cache" / "flashinfer"
 
 
 def wheels_nvcc(major: int) -> Path | None:
@@ -197,7 +203,13 @@ def compiler_of_wheels(cuda: Path, driver: Path, folder: Path) -> dict[str, str]
     return {"CUDA_HOME": str(cuda), "LIBRARY_PATH": ":".join(paths)}
 
 
-def driver_library() -> Path:
-    """The file that "libcuda.so.1" loads."""
+def driver_library(folder: Path) -> Path:
+    """The file that "libcuda.so.1" loads; on a machine without a driver an empty one in `folder`: it is linked only."""
+    if driver_version() is None:
+        empty = folder / "no-driver" / "libcuda.so.1"
+        empty.parent.mkdir(parents=True, exist_ok=True)
+        name = f"-Wl,-soname,{empty.name}"
+        subprocess.run(["g++", "-shared", name, "-x", "c++", os.devnull, "-o", str(empty)], check=True)
+        return empty
     ctypes.CDLL("libcuda.so.1")
     return Path(re.search(r"/\S*/libcuda\.so\S*", Path("/proc/self/maps").read_text())[0])

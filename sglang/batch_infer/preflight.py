@@ -7,6 +7,7 @@ model is told within a second or two.
 import contextlib
 import hashlib
 import importlib.metadata
+import os
 import sys
 import tempfile
 import tomllib
@@ -19,7 +20,7 @@ from workbench.machine import Table, versions
 from workbench.models import find_model, load_tokenizer, weights_fingerprint
 from workbench.processes import run_in_child
 
-from . import adapters, engine_args, grammars, model, prompts
+from . import adapters, engine_args, grammars, kernels, model, prompts
 from . import machine as machines
 from .arguments import FOLDER, PROGRAM, REHEARSAL, TINY_MODEL, Arguments
 from .machine import Machine
@@ -65,6 +66,13 @@ def run(args: Arguments) -> Inputs | None:
             if constrained := next((r for r in records if r.regex or r.json_schema), None):
                 table.check("grammars", lambda: look_at_grammars(args, found_model, constrained))
         table.check("disk", lambda: look_at_disk(args, records))
+    if (
+        found_model
+        and args.download_only
+        and args.device == "cuda"
+        and "FLASHINFER_CUDA_ARCH_LIST" in os.environ
+    ):
+        table.check("kernels", lambda: build_kernels(args, found_model))
     if table.first_failure:
         raise UserError(table.first_failure)
     if args.download_only:
@@ -137,6 +145,22 @@ def build_tiny_model(folder: Path) -> None:
         built = build_qwen2(Path(temporary) / folder.name)
         with contextlib.suppress(OSError):  # another shard was first; it builds the same
             built.replace(folder)
+
+
+def build_kernels(args: Arguments, found: Model) -> str:
+    """For a GPU that this machine lacks, where there is a compiler; without one the run's node compiles."""
+    architecture = os.environ["FLASHINFER_CUDA_ARCH_LIST"]
+    try:
+        compiler, _ = machines.look_at_kernel_tools(args)
+    except UserError as error:
+        return f"SKIP: {error}"
+    os.environ |= compiler
+    process = kernels.begin(
+        kernels.needed(args, found, args.tp_size or 1, architecture), machines.kernel_cache()
+    )
+    if process and process.wait():
+        return f"WARN: some could not be built for {architecture}, see {process.args[-1]}.log; the first run tries again"
+    return f"built for {architecture}"
 
 
 def look_at_prompts(args: Arguments) -> tuple[tuple[list[Record], str, str | None], str]:

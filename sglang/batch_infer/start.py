@@ -15,9 +15,10 @@ from pathlib import Path
 from workbench import UserError
 from workbench.processes import STOP_SIGNALS
 
-from . import generate
+from . import generate, kernels, machine
 from .arguments import Arguments
 from .engine_args import EngineArgs
+from .machine import Machine
 from .model import Model
 from .prompts import Record
 
@@ -61,6 +62,13 @@ def serve_first_node(chosen: EngineArgs) -> int:
     engine.shutdown()
     print("the first node has left; what became of the run stands there")
     return 0
+
+
+def build_kernels(args: Arguments, chosen: EngineArgs, model: Model, on: Machine) -> None:
+    """Begins to: the engine, which starts meanwhile, waits for what it needs."""
+    architecture = ".".join(map(str, on.capability))
+    modules = kernels.needed(args, model, chosen.values["tp_size"], architecture)
+    kernels.begin(modules, machine.kernel_cache())
 
 
 def skip_other_models(architectures: list[str]) -> None:
