@@ -6,10 +6,9 @@ import os
 import re
 import subprocess
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from workbench import UserError
-from workbench.machine import GIB, driver_version, has_kernels, visible_gpus
+from workbench.machine import GIB, driver_version, has_kernels, memory_limit_gib, visible_gpus
 
 from .arguments import Arguments
 from .cluster import Nodes
@@ -200,34 +199,3 @@ def look_at_nodes(args: Arguments, mine: Gpus, others: list[dict]) -> tuple[tupl
     )
     slow = [f"{node['name']}: {node['link'][6:]}" for node in others if (node["link"] or "").startswith("WARN")]
     return (found, places), (f"WARN: {row}; {'; '.join(slow)}" if slow else row)
-
-
-def memory_limit_gib() -> tuple[float, str]:
-    """Host memory this job may still use, and what sets it: the machine or a cgroup (Slurm's --mem)."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    best = (int(fields["MemAvailable"].split()[0]) / 2**20, "available on this machine")
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, group = line.split(":", 2)
-        if not controllers:
-            root, limit_name, usage_name = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            root = Path("/sys/fs/cgroup/memory")
-            limit_name, usage_name = "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        # A limit may stand at any level above the process.
-        folder = root / group.lstrip("/")
-        for level in (folder, *folder.parents):
-            if root not in (level, *level.parents):
-                break
-            try:
-                limit = int((level / limit_name).read_text())
-                used = int((level / usage_name).read_text())
-                cached = re.search(
-                    r"^(?:total_)?inactive_file (\d+)", (level / "memory.stat").read_text(), re.M
-                )
-            except (OSError, ValueError):  # "max", or a controller that is not mounted
-                continue
-            left = (limit - used + (int(cached.group(1)) if cached else 0)) / GIB
-            best = min(best, (left, "left of the job's memory limit (Slurm --mem)"))
-    return best

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from workbench import UserError
 from workbench.files import check_room, write_json
-from workbench.machine import Table, versions
+from workbench.machine import Table, memory_limit_gib, versions
 from workbench.models import (
     check_config,
     explain_hub_error,
@@ -33,7 +33,6 @@ from .machine import (
     look_at_host_memory,
     look_at_links,
     look_at_nodes,
-    memory_limit_gib,
 )
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate", "datasets", "tokenizers", "numpy")

@@ -20,6 +20,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "common"))
+from workbench.machine import memory_limit_gib
+
+COMPILER_GIB = 3  # of nvcc, for FlashInfer's largest files
+
 
 @dataclass(frozen=True)
 class Modules:
@@ -53,8 +58,8 @@ def needed(args, model, tp_size: int, architecture: str) -> Modules:
 
 
 def begin(modules: Modules, folder: Path) -> subprocess.Popen | None:
-    """The process that builds, or None where it has been done: it leaves a file in `folder`, FlashInfer's cache, and
-    beside it a log. What it cannot build the engine tries again."""
+    """The process that builds, or None where one has: it leaves a file in `folder`, FlashInfer's cache, and beside it a
+    log. What it cannot build the engine tries again."""
     variables = {
         name: os.environ.get(name) for name in ("CUDA_HOME", "FLASHINFER_EXTRA_CUDAFLAGS", "TVM_FFI_CACHE_DIR")
     }
@@ -63,9 +68,10 @@ def begin(modules: Modules, folder: Path) -> subprocess.Popen | None:
     mark = folder / f"built-{hashlib.sha256(found.encode()).hexdigest()[:16]}"
     if mark.exists():
         return None
-    jobs = str(max(2, len(os.sched_getaffinity(0)) // 2))  # of each module; a compiler takes 1 to 3 GB
-    environment = {"MAX_JOBS": jobs} | os.environ
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "FLASHINFER_CUDA_ARCH_LIST": modules.architecture}
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "FLASHINFER_CUDA_ARCH_LIST": modules.architecture,
+    }
     command = [sys.executable, "-P", __file__, json.dumps(asdict(modules)), str(mark)]
     with mark.with_suffix(".log").open("w") as log:
         return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -123,7 +129,10 @@ def of_sglang(modules: Modules) -> dict[str, Callable[[], object]]:
 
 def build(modules: Modules) -> list[str]:
     """Returns what could not be built, each with the reason."""
-    with ThreadPoolExecutor(16) as pool:
+    compilers = int(max(1, min(2 * len(os.sched_getaffinity(0)), memory_limit_gib()[0] // COMPILER_GIB)))
+    of_each = max(1, compilers // 8)  # there are six to nine modules
+    os.environ.setdefault("MAX_JOBS", str(of_each))
+    with ThreadPoolExecutor(compilers // of_each) as pool:
         running: dict[str, Future] = {n: pool.submit(f) for n, f in of_flashinfer(modules).items()}
         from sglang.kernels.jit.utils.arch import get_jit_cuda_arch, override_jit_cuda_arch
 
@@ -139,8 +148,7 @@ def main(argv: list[str]) -> int:
     failed = build(Modules(**json.loads(argv[0])))
     for line in failed:
         print("could not be built", line)
-    if not failed:
-        Path(argv[1]).touch()
+    Path(argv[1]).touch()  # what failed would fail again, below the locks that the engine waits for
     return int(bool(failed))
 
 
