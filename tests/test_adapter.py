@@ -291,20 +291,26 @@ def test_one_of_two_tied_embeddings_cannot_be_merged(tiny_qwen2, merge, tmp_path
     assert "changes one of two tied embeddings" in text
 
 
-def test_remembered_parameters_are_those_of_a_walk(tiny_model, tmp_path):
+def test_what_is_remembered_is_what_a_walk_finds(tiny_model, tmp_path):
     def look():
         from transformers import AutoModelForCausalLM
 
         from lora_sft.arguments import parse
-        from lora_sft.model import add_adapters, remember_parameters
+        from lora_sft.model import add_adapters, remember_modules
 
         model = add_adapters(AutoModelForCausalLM.from_pretrained(tiny_model), parse([]))
         layer = model.get_base_model().model.layers[1]
-        remember_parameters(model)
+        remember_modules(model)
         for module in (model, layer):
             walk = type(module).named_parameters
             assert list(module.named_parameters()) == list(walk(module))
             assert list(module.named_parameters("a")) == list(walk(module, "a"))
             assert list(module.named_parameters(recurse=False)) == list(walk(module, recurse=False))
+        assert [*model.modules(), *model.modules()] == 2 * list(type(model).modules(model))
+        for mode in (False, False, True, True):
+            assert model.train(mode) is model
+            assert {module.training for module in model.modules()} == {mode}
+        model.eval()
+        assert not layer.training
 
     in_child(look, tmp_path)

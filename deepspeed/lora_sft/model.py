@@ -37,7 +37,7 @@ def load_model(args: Arguments, plan: Plan, tokenizer: PreTrainedTokenizerBase) 
     ):  # with it Trainer does this: else ZeRO-3 releases the first layer before its turn
         model.enable_input_require_grads()
     kernels.fuse(model, plan.kernels, plan.dtype)
-    remember_parameters(model)
+    remember_modules(model)
     return model
 
 
@@ -64,12 +64,15 @@ def add_adapters(model: PreTrainedModel, args: Arguments) -> PeftModel:
     # End of problem 1c
 
 
-def remember_parameters(model: PeftModel) -> None:
+def remember_modules(model: PeftModel) -> None:
     """DeepSpeed asks the model and each decoder layer for its parameters whenever it gathers or releases one, and each
-    time walks through PEFT's modules, 80 a layer. From here on they remember the answer."""
+    time walks through PEFT's modules, 80 a layer; before each step it and Trainer walk through all of them, while the GPU
+    waits. From here on they remember the answer, and whether they train."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for module in (model, model.get_base_model(), *layers):
         module.named_parameters = functools.partial(_remembered, module, tuple(module.named_parameters()))
+    model.modules = tuple(model.modules()).__iter__
+    model.train = functools.partial(_train, model)
 
 
 def _remembered(module: torch.nn.Module, found: tuple, prefix: str = "", recurse: bool = True, **options):
@@ -77,6 +80,10 @@ def _remembered(module: torch.nn.Module, found: tuple, prefix: str = "", recurse
     if recurse and not prefix and not options:
         return iter(found)
     return type(module).named_parameters(module, prefix, recurse, **options)
+
+
+def _train(model: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+    return model if model.training == mode else type(model).train(model, mode)
 
 
 def to_device(packed: Packed, rows: slice, device: torch.device) -> dict[str, torch.Tensor]:
