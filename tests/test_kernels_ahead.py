@@ -143,6 +143,12 @@ def test_a_login_node_builds_where_it_can(monkeypatch, tmp_path):
         "WARN: some could not be built for 9.0a, see /cache/"
     )
 
+    for wrong in ("banana", "7.0", "8.0 9.0a", "90"):
+        monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", wrong)
+        with pytest.raises(UserError, match=r"ARCH_LIST=.*: one compute capability from 8\.0 on"):
+            preflight.build_kernels(Arguments(), QWEN_7B)
+    monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
+
     def no_tools(args):
         raise UserError("g++ is not on the PATH")
 

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import os
+import re
 import sys
 import tempfile
 import tomllib
@@ -150,6 +151,11 @@ def build_tiny_model(folder: Path) -> None:
 def build_kernels(args: Arguments, found: Model) -> str:
     """For a GPU that this machine lacks, where there is a compiler; without one the run's node compiles."""
     architecture = os.environ["FLASHINFER_CUDA_ARCH_LIST"]
+    if not re.fullmatch(r"(8|9|1[0-9])\.\d[af]?", architecture):
+        raise UserError(
+            f"FLASHINFER_CUDA_ARCH_LIST={architecture}: one compute capability from 8.0 on, as 8.0 (A100), 8.9 (L40S), "
+            "9.0a (H100, H200)"
+        )
     try:
         compiler, _ = machines.look_at_kernel_tools(args)
     except UserError as error:
