@@ -324,7 +324,7 @@ def test_fast_runs_share_a_copy_where_the_link_pays():
     assert ways(gb_per_s=25) == ways(gb_per_s=0) == (1, 2)  # PCIe; no way from GPU to GPU
     assert ways(max_new_tokens=16) == ways(max_new_tokens=600) == (1, 2)  # prompts alone; no longest answer
     assert ways(lengths=(70,) * 20_000) == (1, 2)  # more than run at once: the longest answer is not the end
-    assert ways(lora="/adapter") == ways(fast=False) == (1, 2)
+    assert ways(lora="/adapter") == ways(jump_forward=True) == ways(fast=False) == (1, 2)
     assert ways(4) == (4, 1)
     assert ways(4, tp_size=2) == (2, 2)
     assert ways(dp_size=1) == (1, 1)

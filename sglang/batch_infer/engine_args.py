@@ -127,9 +127,14 @@ def share(args: Arguments, machine: Machine, model: Model, records: list[Record]
     if fixed or args.reproducible or machine.gpus < 2:
         return replace(args, tp_size=args.tp_size or 1), "--tp_size" if args.tp_size else ""
     one_each = replace(args, tp_size=1)
-    if not (machine.link and machine.bandwidth) or any(record.lora for record in records):
-        why = "with adapters sharing was not measured" if machine.link else "no GPU reads another's memory"
-        return one_each, f"a copy on each GPU: {why}"
+    if not (machine.link and machine.bandwidth):
+        return one_each, "a copy on each GPU: none reads another's memory"
+    unmeasured = args.jump_forward or "quantization_config" in model.config or any(r.lora for r in records)
+    if unmeasured:
+        return (
+            one_each,
+            "a copy on each GPU: --tp_size was not measured with adapters, jump-forward or quantised weights",
+        )
     caps = [record.flag(args, "max_new_tokens") for record in records]
     answers = sum(min(cap, EXPECTED_ANSWER_TOKENS) for cap in caps)
     tokens = answers + sum(len(record.input_ids) for record in records)
