@@ -22,7 +22,15 @@ ENV = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}
 def launch(*flags, cwd: Path, **env) -> subprocess.Popen:
     command = ["bash", str(SCRIPT), *map(str, flags)]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=ENV | env, start_new_session=True, **pipe)
+    return subprocess.Popen(
+        command, cwd=cwd, env=ENV | env, start_new_session=True, preexec_fn=as_in_a_terminal, **pipe
+    )
+
+
+def as_in_a_terminal() -> None:
+    """A shell's background job, which these tests may run in, ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def test_user_errors_keep_exit_code_2_and_are_quick(tmp_path):
