@@ -50,7 +50,7 @@ def test_lora_as_one_function_gives_pefts_output_and_gradients(libraries, tmp_pa
 @pytest.mark.v100
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
 def test_norms_and_rotations_give_transformers_logits_and_gradients(libraries, tmp_path, model_type):
-    """In fp64, of a whole model."""
+    """Of a whole model in fp64, whose norms transformers computes in 32 bits."""
 
     def compare():
         import torch
@@ -79,9 +79,7 @@ def test_norms_and_rotations_give_transformers_logits_and_gradients(libraries, t
 
         theirs = gradients()
         for ours, transformers in zip(gradients("rms_norm", "rope"), theirs, strict=True):
-            torch.testing.assert_close(
-                ours, transformers, rtol=1e-3, atol=1e-5
-            )  # transformers norms in 32 bits
+            torch.testing.assert_close(ours, transformers, rtol=1e-3, atol=1e-5)
 
     in_child(compare, tmp_path)
 

@@ -208,7 +208,7 @@ def join(timeout_s: int) -> None:
     import deepspeed
     import torch
 
-    deepspeed.utils.nvtx.enable_nvtx = False  # marks for NVIDIA's profilers, around 5,000 calls a micro-batch
+    deepspeed.utils.nvtx.enable_nvtx = False  # marks for NVIDIA's profilers, around each of its functions
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s))
     torch.distributed.distributed_c10d._set_pg_timeout(deepspeed.constants.default_pg_timeout)
 

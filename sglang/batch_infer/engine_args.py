@@ -24,7 +24,7 @@ MOST_COPIES, CPU_ROWS = 4, 16  # on the CPU; rows of a product (runtime_plugins/
 SMALL_BYTES = 2**27  # weights for which a second copy's start takes longer than it saves
 LONGEST_ANSWER_TOKENS = 2000  # of 805; where the cap allows, one answer is about so long
 # A sum over GPUs: the time to begin one, and its rate as a share of a copy's from GPU to GPU. Two constants of one
-# measurement: AlpacaEval's answers take two H100 17.3 s with a copy on each, 15.3 s with a shared one. On two H200 they
+# measurement (12a1e1e): AlpacaEval's answers take two H100 17.3 s with a copy on each, 15.3 s with a shared one. On two H200 they
 # then say 0.7 s for what was 0.9 (14.8 and 13.9 s).
 SUM_S, SUM_RATE = 8e-6, 0.5
 EXACT = "-fmad=false"  # nvcc: no fused multiply-adds
