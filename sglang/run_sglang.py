@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
-from batch_infer import engine_args, generate, order, parity, preflight, prompts, report, start, store
+from batch_infer import ahead, engine_args, generate, order, parity, preflight, prompts, report, start, store
 from batch_infer.arguments import Arguments, parse
 from batch_infer.engine_args import EngineArgs
 from batch_infer.order import Order
@@ -69,7 +69,8 @@ def job(args: Arguments) -> int:
     """The work, in a child process; returns the exit code."""
     began = time.monotonic()
     set_up_environment(args)
-    inputs = preflight.run(args)  # read and check
+    waiting = ahead.Ahead()
+    inputs = preflight.run(args, lambda machine: ahead.begin(waiting, args, machine))  # read and check
     if args.only_looking:
         print("preflight passed" if args.preflight_only else "model and prompts are in the cache")
         return 0
@@ -84,11 +85,11 @@ def job(args: Arguments) -> int:
 
     run = decide(args, inputs, records, part, todo)
     if args.nodes[0]:
-        return start.serve_first_node(run.chosen)
+        return start.serve_first_node(run.chosen, waiting)
     this_start = report.ThisStart()
     if todo:
         engine_args.print_choices(run.chosen)
-        this_start = answer(run, partial)
+        this_start = answer(run, partial, waiting)
     if this_start is None:
         total, done = sum(not record.error for record in part), sum(map(partial.done, part))
         print(f"stopped: {done} of {total} answers are kept; {same_command(args.overwrite)} goes on from there")
@@ -124,12 +125,12 @@ def decide(
     return Run(args, inputs, records, part, todo, run_order, chosen)
 
 
-def answer(run: Run, partial: PartialFile) -> report.ThisStart | None:
+def answer(run: Run, partial: PartialFile, waiting: ahead.Ahead) -> report.ThisStart | None:
     """Starts the engine and answers `run.todo`. None: a signal stopped it."""
     args, total = run.args, sum(not record.error for record in run.part)
     if args.device == "cuda":
         start.build_kernels(args, run.chosen, run.inputs.model, run.inputs.machine)
-    started = start.start(args, run.chosen, run.inputs.model, run.todo)
+    started = start.start(args, run.chosen, run.inputs.model, run.todo, waiting)
     engine, stopped = started.engine, asyncio.Event()
     start.stop_on_signals(engine, stopped)
     pool_tokens = engine.get_server_info()["max_total_num_tokens"]

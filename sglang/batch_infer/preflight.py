@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,17 +47,21 @@ class Inputs:
     adapters: dict[str, str]  # hash by folder
 
 
-def run(args: Arguments) -> Inputs | None:
-    """Prints the table; None with --download_only. Raises UserError with the first failure."""
+def run(args: Arguments, found_machine: Callable[[Machine], None] = lambda machine: None) -> Inputs | None:
+    """Prints the table; None with --download_only. Raises UserError with the first failure. `found_machine` is called as soon
+    as it is looked at, while nothing has failed."""
     table = Table()
     print("preflight")
-    if table.check("packages", look_at_packages) and args.own_engine_args:
-        table.check("engine args", lambda: look_at_engine_args(args.own_engine_args))
+    packages = table.check("packages", look_at_packages)
     # Login nodes, where one downloads, have no GPU.
     machine = None if args.download_only else table.find("GPUs", lambda: machines.look(args))
     if machine:
         compiler = table.find("kernel tools", lambda: machines.look_at_kernel_tools(args))
         machine = replace(machine, compiler=compiler or {})
+        if not table.first_failure:
+            found_machine(machine)
+    if packages and args.own_engine_args:
+        table.check("engine args", lambda: look_at_engine_args(args.own_engine_args))
     found_model = table.find("model", lambda: look_at_model(args))
     found_prompts = table.find("prompts", lambda: look_at_prompts(args))
     served = None

@@ -16,6 +16,7 @@ from workbench import UserError
 from workbench.processes import STOP_SIGNALS
 
 from . import generate, kernels, machine
+from .ahead import Ahead
 from .arguments import Arguments
 from .engine_args import EngineArgs
 from .machine import Machine
@@ -30,7 +31,7 @@ class Started:
     compile_s: float
 
 
-def start(args: Arguments, chosen: EngineArgs, model: Model, records: list[Record]) -> Started:
+def start(args: Arguments, chosen: EngineArgs, model: Model, records: list[Record], ahead: Ahead) -> Started:
     """On a GPU the engine is warmed up with the first of the `records`. Raises UserError for --engine_args that
     SGLang refuses."""
     skip_other_models(model.config.get("architectures") or [])
@@ -40,7 +41,8 @@ def start(args: Arguments, chosen: EngineArgs, model: Model, records: list[Recor
     else:
         fork_engine_processes(str(chosen.values["tokenizer_path"]))
     try:
-        engine = generate.start_engine(chosen.values)
+        with ahead:
+            engine = generate.start_engine(chosen.values)
     except (ValueError, TypeError, AssertionError, KeyError) as error:
         if not args.own_engine_args:
             raise
@@ -53,10 +55,11 @@ def start(args: Arguments, chosen: EngineArgs, model: Model, records: list[Recor
     return Started(engine, time.monotonic() - began - compile_s, compile_s)
 
 
-def serve_first_node(chosen: EngineArgs) -> int:
+def serve_first_node(chosen: EngineArgs, ahead: Ahead) -> int:
     """On the other nodes of an engine: its processes work for the first node, which asks and writes, and end with it."""
     os.environ["SGLANG_BLOCK_NONZERO_RANK_CHILDREN"] = "0"
-    engine = generate.start_engine(chosen.values)
+    with ahead:
+        engine = generate.start_engine(chosen.values)
     signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # what they send when the first node has left
     engine._scheduler_init_result.block_until_scheduler_exits()
     engine.shutdown()

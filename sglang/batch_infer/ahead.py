@@ -1,0 +1,93 @@
+"""The engine's processes, begun while this one still reads and checks.
+
+SGLang spawns them when all is decided, and each then imports what this one has imported, 8 to 20 s; where copies are served, a
+process between the two imports it once more. Here they are spawned as soon as a GPU is found, import, and wait for what
+to do. (For the CPU they are forked: start.py.)
+"""
+
+import importlib
+import multiprocessing
+import os
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from .arguments import Arguments
+from .machine import Machine
+
+SPAWN, PROCESS = multiprocessing.get_context("spawn"), multiprocessing.Process
+CONTROLLER = "sglang.srt.managers.data_parallel_controller"  # begins a scheduler for each copy
+MODULES = (
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.managers.detokenizer_manager",
+    "sglang.srt.model_executor.model_runner",
+    CONTROLLER,
+)
+
+
+class Ahead:
+    """Processes that wait. Within it SGLang takes them for those that it asks for; where none waits nothing changes."""
+
+    def __init__(self, modules: tuple[str, ...] = MODULES) -> None:
+        self.modules = modules
+        self.waiting: list[tuple[BaseProcess, Connection]] = []
+
+    def begin(self, children: list[int], variables: dict[str, str]) -> None:
+        """A process for each of `children`, which begins so many of its own, with `variables` in its environment."""
+        for count in children:
+            reading, writing = SPAWN.Pipe(duplex=False)
+            process = SPAWN.Process(target=wait_for_work, args=(reading, self.modules, count, variables))
+            process.start()
+            reading.close()
+            self.waiting.append((process, writing))
+
+    def process(self, target: Callable, args: tuple = (), kwargs: dict | None = None) -> BaseProcess:
+        """As multiprocessing.Process, whose `start` hands the work to one that waits, with the environment of then."""
+        if not self.waiting:
+            return PROCESS(target=target, args=args, kwargs=kwargs or {})
+        process, work = self.waiting.pop(0)
+        process.start = lambda: work.send((dict(os.environ), target, args, kwargs or {}))
+        return process
+
+    def __enter__(self) -> None:
+        multiprocessing.Process = self.process
+
+    def __exit__(self, *_) -> None:
+        multiprocessing.Process = PROCESS
+        self.close()
+
+    def close(self) -> None:
+        """Those that still wait end."""
+        while self.waiting:
+            self.waiting.pop()[1].close()
+
+
+def wait_for_work(work: Connection, modules: tuple[str, ...], children: int, variables: dict[str, str]) -> None:
+    os.environ |= variables
+    ahead = Ahead(modules)
+    ahead.begin([0] * children, variables)
+    for name in modules:
+        importlib.import_module(name)
+    try:
+        environment, target, args, kwargs = work.recv()
+    except EOFError:  # the run has ended
+        return
+    os.environ.clear()
+    os.environ.update(environment)
+    if target.__module__ != CONTROLLER:
+        ahead.close()
+    with ahead:
+        target(*args, **kwargs)
+
+
+def begin(ahead: Ahead, args: Arguments, machine: Machine) -> None:
+    """As many as the engine will ask for, as far as is known: a scheduler for each GPU, the detokenizer, and before copies
+    their controller."""
+    if machine.device != "cuda" or args.only_looking:
+        return
+    # So that a scheduler binds itself to its GPU's NUMA node: else SGLang does it as it spawns.
+    os.environ.setdefault("SGLANG_NUMA_BIND_V2", "0")
+    shared = -(-(args.tp_size or 1) // args.nodes[1])  # a copy may be spread over nodes
+    copies = args.dp_size or max(1, machine.gpus // shared)
+    schedulers = [copies * shared] if copies > 1 else [0] * shared
+    ahead.begin([*schedulers, 0], machine.compiler | {"HF_HUB_OFFLINE": "1"})
