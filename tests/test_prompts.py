@@ -479,6 +479,8 @@ def test_roofline_is_the_sum_over_steps():
         (["--top_p", "0"], r"--top_p 0.0: must be in \(0, 1\]"),
         (["--top_k", "0"], "--top_k 0: must be -1"),
         (["--device", "tpu"], "--device tpu: choose cuda or cpu"),
+        (["--gpu", "v100", "--download_only"], "--gpu v100: choose a100, a10, "),
+        (["--gpu", "h100"], "--gpu goes with --download_only; "),
         (["--engine_args", "{'a': 1}"], "--engine_args, column 2: not valid JSON"),
         (["--engine_args", "[1]"], "--engine_args: expected a JSON object"),
         (["--prompts", "no/such/file.json"], "--prompts no/such/file.json: no such file or folder"),

@@ -2,4 +2,8 @@
 
 
 class UserError(Exception):
-    """The user's input or machine is at fault: the message says what, where and the cure; exit code 2."""
+    """The user's input or machine is at fault: the message says what, where and the cure, on one line whatever a
+    file's names and texts have in them; exit code 2."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())

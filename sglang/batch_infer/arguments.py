@@ -19,6 +19,8 @@ PROGRAM = "python sglang/run_sglang.py"
 DEFAULT_MODEL = "Qwen/Qwen2.5-7B-Instruct"
 DEFAULT_PROMPTS = "tatsu-lab/alpaca_eval"
 TINY_MODEL = "tiny_qwen2"  # folder beside the outputs that a rehearsal builds its model in
+# Compute capabilities of what a job may get.
+GPUS = {"a100": "8.0", "a10": "8.6", "l40s": "8.9", "h100": "9.0", "h200": "9.0", "b200": "10.0"}
 POLICIES = ("planned", "fcfs", "lpm", "dfs-weight")
 
 REHEARSAL_DEFAULTS = {
@@ -109,6 +111,7 @@ class Arguments:
     overwrite: bool = flag(False, "start anew in a folder that holds a run")
     preflight_only: bool = flag(False, "print the PASS/FAIL table and stop")
     download_only: bool = flag(False, "fetch model and prompts into HF_HOME and stop (for login nodes)")
+    gpu: str = flag("", f"with --download_only: build the job's kernels, too, for its {', '.join(GPUS)}")
 
     @property
     def folder(self) -> Path:
@@ -154,7 +157,7 @@ class Arguments:
     def identity(self) -> dict:
         """What makes two commands the same run: every flag that changes the answers."""
         other = {"output_file", "policy", "batch_size", "max_running_requests", "dp_size", "overwrite"}
-        other |= {"preflight_only", "download_only", "rehearse", "shard"}
+        other |= {"preflight_only", "download_only", "gpu", "rehearse", "shard"}
         same = {name: value for name, value in asdict(self).items() if name not in other}
         changing = {name: value for name, value in self.own_engine_args.items() if name not in RESOURCES_ONLY}
         same["tp_size"] = self.tp_size or 1
@@ -246,6 +249,10 @@ def check_ranges(args: Arguments) -> None:
         raise UserError(f"--policy {args.policy}: choose {', '.join(POLICIES)}")
     if args.device not in ("cuda", "cpu"):
         raise UserError(f"--device {args.device}: choose cuda or cpu")
+    if args.gpu and args.gpu not in GPUS:
+        raise UserError(f"--gpu {args.gpu}: choose {', '.join(GPUS)}")
+    if args.gpu and not args.download_only:
+        raise UserError("--gpu goes with --download_only; a run builds for the GPU that it finds")
 
 
 def own_params(given: object) -> dict:

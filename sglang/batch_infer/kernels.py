@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "common"))
 from workbench.machine import memory_limit_gib
+from workbench.processes import die_with_parent
 
 COMPILER_GIB = 3  # of nvcc, for FlashInfer's largest files
 
@@ -30,7 +31,7 @@ COMPILER_GIB = 3  # of nvcc, for FlashInfer's largest files
 class Modules:
     """What the modules of a run depend on."""
 
-    architecture: str  # as FLASHINFER_CUDA_ARCH_LIST has it: 9.0a
+    architecture: str  # as FLASHINFER_CUDA_ARCH_LIST has it: 9.0
     dtype: str  # of weights, activations and KV pool
     head_size: int
     heads: int  # on one GPU, as all that follows
@@ -145,6 +146,7 @@ def build(modules: Modules) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
+    die_with_parent()
     failed = build(Modules(**json.loads(argv[0])))
     for line in failed:
         print("could not be built", line)

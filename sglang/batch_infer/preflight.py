@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import os
-import re
 import sys
 import tempfile
 import tomllib
@@ -24,7 +23,7 @@ from workbench.processes import run_in_child
 
 from . import adapters, engine_args, grammars, kernels, model, prompts
 from . import machine as machines
-from .arguments import FOLDER, PROGRAM, REHEARSAL, TINY_MODEL, Arguments
+from .arguments import FOLDER, GPUS, PROGRAM, REHEARSAL, TINY_MODEL, Arguments
 from .machine import Machine
 from .model import Model
 from .prompts import Record
@@ -72,12 +71,7 @@ def run(args: Arguments, found_machine: Callable[[Machine], None] = lambda machi
             if constrained := next((r for r in records if r.regex or r.json_schema), None):
                 table.check("grammars", lambda: look_at_grammars(args, found_model, constrained))
         table.check("disk", lambda: look_at_disk(args, records))
-    if (
-        found_model
-        and args.download_only
-        and args.device == "cuda"
-        and "FLASHINFER_CUDA_ARCH_LIST" in os.environ
-    ):
+    if found_model and args.gpu:
         table.check("kernels", lambda: build_kernels(args, found_model))
     if table.first_failure:
         raise UserError(table.first_failure)
@@ -155,23 +149,16 @@ def build_tiny_model(folder: Path) -> None:
 
 def build_kernels(args: Arguments, found: Model) -> str:
     """For a GPU that this machine lacks, where there is a compiler; without one the run's node compiles."""
-    architecture = os.environ["FLASHINFER_CUDA_ARCH_LIST"]
-    if not re.fullmatch(r"(8|9|1[0-9])\.\d[af]?", architecture):
-        raise UserError(
-            f"FLASHINFER_CUDA_ARCH_LIST={architecture}: one compute capability from 8.0 on, as 8.0 (A100), 8.9 (L40S), "
-            "9.0a (H100, H200)"
-        )
     try:
         compiler, _ = machines.look_at_kernel_tools(args)
     except UserError as error:
         return f"SKIP: {error}"
     os.environ |= compiler
-    process = kernels.begin(
-        kernels.needed(args, found, args.tp_size or 1, architecture), machines.kernel_cache()
-    )
+    modules = kernels.needed(args, found, args.tp_size or 1, GPUS[args.gpu])
+    process = kernels.begin(modules, machines.kernel_cache())
     if process and process.wait():
-        return f"WARN: some could not be built for {architecture}, see {process.args[-1]}.log; the first run tries again"
-    return f"built for {architecture}"
+        return f"WARN: some could not be built for {args.gpu}, see {process.args[-1]}.log; the first run tries again"
+    return f"built for {args.gpu}"
 
 
 def look_at_prompts(args: Arguments) -> tuple[tuple[list[Record], str, str | None], str]:
