@@ -43,7 +43,6 @@ import run_sglang
 import shapes
 
 from batch_infer import engine_args, order, preflight, report, start, store
-from batch_infer.ahead import Ahead
 from batch_infer.arguments import REHEARSAL, Arguments, parse
 from batch_infer.engine_args import EngineArgs
 from batch_infer.machine import Machine
@@ -228,7 +227,7 @@ def ours(
     run = run_sglang.decide(args, inputs, records, records, records)
     store.remove_partial(FOLDER)
     partial = store.PartialFile(FOLDER, {}, {})
-    times = run_sglang.answer(run, partial, Ahead())
+    times = run_sglang.answer(run, partial)
     partial.close()
     return run.chosen, times, [partial.rows[record.index] for record in records]
 
@@ -246,7 +245,7 @@ def theirs(
     if args.device == "cpu":  # where they do not run
         chosen, ours = run_sglang.decide(args, inputs, records, records, records).chosen, {}
     set_up_environment(args, inputs, ours)
-    started = start.start(args, chosen, inputs.model, records, Ahead())
+    started = start.start(args, chosen, inputs.model, records)
     batch, answers, began = int(row.partition("batches_")[2] or len(records)), [], time.monotonic()
     for first in range(0, len(records), batch):
         part = records[first : first + batch]

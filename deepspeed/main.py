@@ -22,7 +22,7 @@ from lora_sft.arguments import REHEARSAL, TINY_MODEL, Arguments, parse, read_zer
 from workbench import UserError
 from workbench.files import claim, disk_full
 from workbench.flags import print_given
-from workbench.processes import STOPPED, free_port, use_short_tmpdir
+from workbench.processes import STOPPED, free_port, importing, use_short_tmpdir
 
 
 def main(argv: list[str]) -> int:
@@ -113,7 +113,8 @@ def train_here(args: Arguments, nodes: cluster.Nodes, work_dir: Path, stop: laun
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Preflight has fetched everything; PEFT would ask the hub about the base model at every save.
         os.environ["HF_HUB_OFFLINE"] = "1"
-        from lora_sft.train import train_rank
+        with importing():
+            from lora_sft.train import train_rank
 
         resume_from = start.resume_from and Path(start.resume_from)
         return train_rank(args, plan, shared, resume_from, stop, rank)  # writes what it trained

@@ -29,7 +29,7 @@ from workbench import UserError
 from workbench.files import claim
 from workbench.flags import print_given
 from workbench.models import load_tokenizer
-from workbench.processes import STOPPED, use_short_tmpdir
+from workbench.processes import STOPPED, importing, use_short_tmpdir
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,14 @@ def job(args: Arguments) -> int:
     began = time.monotonic()
     set_up_environment(args)
     waiting = ahead.Ahead()
-    inputs = preflight.run(args, lambda machine: ahead.begin(waiting, args, machine))  # read and check
+    with importing():
+        inputs = preflight.run(args, lambda machine: ahead.begin(waiting, args, machine))  # read and check
     if args.only_looking:
         print("preflight passed" if args.preflight_only else "model and prompts are in the cache")
         return 0
     os.environ |= inputs.machine.compiler | {"HF_HUB_OFFLINE": "1"}  # preflight has fetched everything
-    records = tokenise(args, inputs)
+    with importing():
+        records = tokenise(args, inputs)
     part, partial = order.shard(args, records), store.open_run(args, records, inputs.made_on)
     todo = [record for record in part if not record.error and not partial.done(record)]
     if todo and store.finished(args.folder):
@@ -125,7 +127,7 @@ def decide(
     return Run(args, inputs, records, part, todo, run_order, chosen)
 
 
-def answer(run: Run, partial: PartialFile, waiting: ahead.Ahead) -> report.ThisStart | None:
+def answer(run: Run, partial: PartialFile, waiting: ahead.Ahead | None = None) -> report.ThisStart | None:
     """Starts the engine and answers `run.todo`. None: a signal stopped it."""
     args, total = run.args, sum(not record.error for record in run.part)
     if args.device == "cuda":

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 from harness import ROOT, Process, fork
+from workbench.processes import importing
 
 # Our folders deepspeed/ and sglang/ must not shadow the installed packages (python -m pytest puts the
 # current folder on the path).
@@ -53,19 +54,21 @@ def scratch(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def transformers():
     """Imports what every run needs, once per worker."""
-    import matplotlib.pyplot  # noqa: F401
-    import torch  # noqa: F401
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    with importing():
+        import matplotlib.pyplot  # noqa: F401
+        import torch  # noqa: F401
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
 @pytest.fixture(scope="session")
 def libraries(transformers):
     """Imports what fine-tuning needs. The last ones are otherwise imported in every rank, at its first step."""
-    import main
-    import networkx  # noqa: F401
-    import torch._dynamo  # noqa: F401
+    with importing():
+        import main
+        import networkx  # noqa: F401
+        import torch._dynamo  # noqa: F401
 
-    import lora_sft.train  # noqa: F401
+        import lora_sft.train  # noqa: F401
 
     return main
 
@@ -115,12 +118,13 @@ def tiny_qwen2(scratch, transformers) -> Path:
 @pytest.fixture(scope="session")
 def runtime(transformers, tiny_qwen2):
     """Imports SGLang, whose processes are forked from here on."""
-    import run_sglang
-    import xgrammar  # noqa: F401
+    with importing():
+        import run_sglang
+        import xgrammar  # noqa: F401
 
-    from batch_infer.start import fork_engine_processes
+        from batch_infer.start import fork_engine_processes
 
-    fork_engine_processes(str(tiny_qwen2))
+        fork_engine_processes(str(tiny_qwen2))
     return run_sglang
 
 

@@ -21,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from workbench import UserError
-from workbench.processes import STOP_SIGNALS, STOPPED, die_with_parent, free_port
+from workbench.processes import STOP_SIGNALS, STOPPED, die_with_parent, free_port, importing
 
 from .cluster import LOOK_S, LOST, LostRanks
 
@@ -75,8 +75,9 @@ class StopRequest:
 def import_shared_libraries() -> None:
     """Before any fork, so that the children share them. These do not initialise CUDA; DeepSpeed and Trainer
     do (seen on an H200), so the ranks import those themselves."""
-    import torch  # noqa: F401
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    with importing():
+        import torch  # noqa: F401
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
 def run_in_child(function: Callable[[], int], work_dir: Path, stop: StopRequest) -> int:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+from workbench.processes import importing
+
 from .arguments import Arguments
 from .machine import Machine
 
@@ -66,8 +68,9 @@ def wait_for_work(work: Connection, modules: tuple[str, ...], children: int, var
     os.environ |= variables
     ahead = Ahead(modules)
     ahead.begin([0] * children, variables)
-    for name in modules:
-        importlib.import_module(name)
+    with importing():
+        for name in modules:
+            importlib.import_module(name)
     try:
         environment, target, args, kwargs = work.recv()
     except EOFError:  # the run has ended

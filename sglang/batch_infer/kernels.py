@@ -8,6 +8,7 @@ meanwhile waits for a module that is being built, finds what is, and builds what
 """
 
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -147,6 +148,7 @@ def build(modules: Modules) -> list[str]:
 
 def main(argv: list[str]) -> int:
     die_with_parent()
+    gc.disable()  # as it imports (workbench.processes.importing), and it ends soon
     failed = build(Modules(**json.loads(argv[0])))
     for line in failed:
         print("could not be built", line)

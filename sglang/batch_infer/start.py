@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workbench import UserError
-from workbench.processes import STOP_SIGNALS
+from workbench.processes import STOP_SIGNALS, importing
 
 from . import generate, kernels, machine
 from .ahead import Ahead
@@ -31,17 +31,21 @@ class Started:
     compile_s: float
 
 
-def start(args: Arguments, chosen: EngineArgs, model: Model, records: list[Record], ahead: Ahead) -> Started:
+def start(
+    args: Arguments, chosen: EngineArgs, model: Model, records: list[Record], ahead: Ahead | None = None
+) -> Started:
     """On a GPU the engine is warmed up with the first of the `records`. Raises UserError for --engine_args that
     SGLang refuses."""
     skip_other_models(model.config.get("architectures") or [])
     began, watch = time.monotonic(), CompileWatch()
     if args.device == "cuda":
         watch.start()
-    else:
+    with importing():
+        import sglang.srt.entrypoints.engine  # noqa: F401
+    if args.device == "cpu":
         fork_engine_processes(str(chosen.values["tokenizer_path"]))
     try:
-        with ahead:
+        with ahead or Ahead():
             engine = generate.start_engine(chosen.values)
     except (ValueError, TypeError, AssertionError, KeyError) as error:
         if not args.own_engine_args:

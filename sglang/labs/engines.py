@@ -11,7 +11,7 @@ from batch_infer.arguments import REHEARSAL, Arguments, parse
 from batch_infer.engine_args import decide, environment
 from batch_infer.start import skip_other_models, start
 from workbench import UserError
-from workbench.processes import run_in_child
+from workbench.processes import importing, run_in_child
 
 Work = Callable[[object], Iterable]  # takes an engine, gives results
 
@@ -34,7 +34,8 @@ def prepare(args: Arguments) -> preflight.Inputs:
     os.environ["HF_HUB_OFFLINE"] = "1"  # preflight has fetched everything
     if args.device == "cpu":  # imported once, for all engines; on a GPU each engine's processes do it
         skip_other_models(inputs.model.config["architectures"])
-        import sglang.srt.managers.scheduler  # noqa: F401
+        with importing():
+            import sglang.srt.managers.scheduler  # noqa: F401
     return inputs
 
 
