@@ -179,7 +179,7 @@ def test_a_run_ends_when_its_bad_record_has_left_the_prompts(run_inference, tmp_
     def answer_at_once() -> None:
         import run_sglang
 
-        def answer(run, partial):
+        def answer(run, partial, waiting):
             usage = {"prompt_tokens": 1, "cached_tokens": 0, "output_tokens": 1}
             row = {"output": "x", "output_ids": [1], "finish_reason": "stop"} | usage
             partial.append([row | {"index": record.index, "key": record.key} for record in run.todo])

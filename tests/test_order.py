@@ -188,7 +188,7 @@ def test_a_resume_says_the_order_of_what_is_left(run_inference, few_shot, tmp_pa
     def stop_after_the_first_nine() -> None:
         import run_sglang
 
-        def answer(run, partial) -> None:
+        def answer(run, partial, waiting) -> None:
             usage = {"prompt_tokens": 1, "cached_tokens": 0, "output_tokens": 1}
             row = {"output": "x", "output_ids": [1], "finish_reason": "stop"} | usage
             partial.append([row | {"index": r.index, "key": r.key} for r in run.todo if r.index < 9])
