@@ -37,7 +37,7 @@ if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
     receiver, sender = multiprocessing.Pipe(duplex=False)
     waiting = ahead.Ahead(modules=("json",))
-    waiting.begin([1, 0, 0], {"OF_BEGIN": "ahead"})
+    waiting.begin([1, 0, 0, 0], {"OF_BEGIN": "ahead"})
     processes = [process for process, _ in waiting.waiting]
     os.environ["OF_START"] = "then"
     said = []
@@ -49,6 +49,11 @@ if __name__ == "__main__":
             said.append([taken in processes, pid == taken.pid, *rest])
             taken.join()
             said[-1].append(taken.exitcode)
+        processes[2].kill()
+        processes[2].join()
+        dead = multiprocessing.Process(target=tell, args=(sender,))
+        dead.start()
+        said.append([dead.exitcode])
     processes[-1].join(20)  # nobody asked for it
     said.append([processes[-1].exitcode])
     fresh = multiprocessing.Process(target=tell, args=(sender,))
@@ -63,7 +68,7 @@ def test_processes_that_wait_do_the_work(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-P", tmp_path / "script.py", FOLDER, FOLDER.parent / "common"]
     said = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=60).stdout)
-    assert said == [[True, True, True, 0], [True, True, "then", None, 0], [0], [False, "then", None]]
+    assert said == [[True, True, True, 0], [True, True, "then", None, 0], [-9], [0], [False, "then", None]]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ process between the two imports it once more. Here they are spawned as soon as a
 to do. (For the CPU they are forked: start.py.)
 """
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -48,7 +49,12 @@ class Ahead:
         if not self.waiting:
             return PROCESS(target=target, args=args, kwargs=kwargs or {})
         process, work = self.waiting.pop(0)
-        process.start = lambda: work.send((dict(os.environ), target, args, kwargs or {}))
+
+        def hand_over() -> None:
+            with contextlib.suppress(BrokenPipeError):  # it has died: SGLang looks after its processes
+                work.send((dict(os.environ), target, args, kwargs or {}))
+
+        process.start = hand_over
         return process
 
     def __enter__(self) -> None:
