@@ -11,13 +11,11 @@ import pytest
 from harness import ROOT, fork
 
 sys.path.append(str(ROOT / "bench"))
-import batch_invariance
 import offline_throughput
 import rows
 import same_bytes
 import shapes
 
-from batch_infer.arguments import Arguments
 from batch_infer.engine_args import environment
 from workbench import UserError, files
 
@@ -242,31 +240,7 @@ def test_the_bytes_are_the_same_after_a_kill(tmp_path):
     assert result["repeated_prompts"] == 4
 
 
-# --- batch_invariance.py, shapes.py -------------------------------------------------------------------
-
-
-def test_batch_invariance_names_the_module_that_looks_at_its_neighbours(runtime, tmp_path):
-    """On the real ModelRunner: nothing differs, until one projection adds the number of its rows."""
-    import tiny_model
-
-    cases = batch_invariance.all_cases()
-    assert len(cases) == 30
-    few = [case for case in cases if case[0] in ("prefill, 1 at once", "4 decode steps, 3 at once")]
-    few += [case for case in cases if case[0] == "prefill, 33 cached, 5 at once"]
-
-    def run() -> int:
-        os.environ.update(environment(Arguments(device="cpu")))
-        runner = batch_invariance.Runner(tiny_model.build_qwen2(tmp_path / "model"), "cpu")
-        assert [row["different_prompts"] for row in batch_invariance.measure(runner, 6, few)] == [0, 0, 0]
-        layer = runner.runner.model.model.layers[1].mlp.down_proj
-        layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] * (1 + 1e-3 * len(inputs[0])),))
-        alone = batch_invariance.measure(runner, 6, few[:1])[0]
-        assert alone["different_prompts"] == 6
-        assert alone["first_difference"] == {"model.layers.1.mlp.down_proj": 6}
-        return 0
-
-    code, text = fork(run, tmp_path / "child.txt").wait()
-    assert code == 0, text
+# --- shapes.py ----------------------------------------------------------------------------------------
 
 
 SIZES = {"llama2-7b": 6_738_415_616, "tinyllama-1.1b": 1_100_048_384, "qwen2.5-7b": 7_615_616_512}
