@@ -1,8 +1,8 @@
 """The engine's processes, begun while this one still reads and checks.
 
-SGLang spawns them when all is decided, and each then imports what this one has imported, 8 to 20 s; where copies are served, a
-process between the two imports it once more. Here they are spawned as soon as a GPU is found, import, and wait for what
-to do. (For the CPU they are forked: start.py.)
+SGLang spawns them when all is decided, and each then imports for 15 s what this one has imported before; where copies are
+served, a process between the two imports it once more. Here they are spawned as soon as a GPU is found, import, and wait
+for what to do. (For the CPU they are forked: start.py.)
 """
 
 import contextlib
