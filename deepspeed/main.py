@@ -102,7 +102,7 @@ def train_here(args: Arguments, nodes: cluster.Nodes, work_dir: Path, stop: laun
     from lora_sft.preflight import Plan
 
     start = cluster.Start.load(work_dir)
-    shared, folder = Path(start.shared), Path(args.output_dir)
+    shared = Path(start.shared)
     plan = Plan.load(shared)
 
     def train(rank: int) -> int:
@@ -128,8 +128,12 @@ def train_here(args: Arguments, nodes: cluster.Nodes, work_dir: Path, stop: laun
         others.leave()
     if code in (0, STOPPED) and nodes.count > 1 and nodes.index == 0:
         shutil.rmtree(shared, ignore_errors=True)
-    complete = run_folder.complete_checkpoints(folder)
-    return cluster.explain_end(nodes, start, code, launch.cause(work_dir), complete[-1] if complete else None)
+    return end_of(args, nodes, start, code, launch.cause(work_dir))
+
+
+def end_of(args: Arguments, nodes: cluster.Nodes, start: cluster.Start, code: int, cause: str = "") -> int:
+    complete = run_folder.complete_checkpoints(Path(args.output_dir))
+    return cluster.explain_end(nodes, start, code, cause, complete[-1] if complete else None)
 
 
 def set_up_environment(args: Arguments) -> None:
@@ -156,10 +160,9 @@ def check(args: Arguments, zero_config: dict, nodes: cluster.Nodes, work_dir: Pa
             return 0
         shared = cluster.new_shared_folder(folder)
         with cluster.leading(nodes, shared) as store:
-            if start := prepare(
-                args, zero_config, nodes, work_dir, shared, lambda: cluster.gather(store, nodes)
-            ):
-                cluster.tell(store, nodes, asdict(start))
+            start = prepare(args, zero_config, nodes, work_dir, shared, lambda: cluster.gather(store, nodes))
+            if start and not cluster.tell(store, nodes, asdict(start)):
+                return end_of(args, nodes, start, cluster.LOST)
         return 0
     except UserError:
         raise

@@ -145,6 +145,25 @@ def test_a_first_node_that_falls_silent_while_it_checks_ends_the_others(start_no
     assert text.endswith("error: node 0 does not answer any more; the same command starts again\n")
 
 
+def test_a_node_that_is_gone_before_it_hears_to_start_is_lost(start_nodes, tmp_path):
+    def die():
+        wait_for = cluster.wait_for
+
+        def wait(store, *keys):
+            return os.kill(os.getpid(), signal.SIGKILL) if keys == ("message",) else wait_for(store, *keys)
+
+        cluster.wait_for = wait
+
+    def be_impatient():
+        cluster.FAREWELL_S = 1
+
+    first, second = start_nodes("--output_dir", tmp_path / "out", patches={0: be_impatient, 1: die})
+    (code, text), (other_code, other_text) = first.wait(30), second.wait(30)
+    assert (code, other_code) == (75, 1)
+    assert "error: no answer from n2 any more; last complete checkpoint: none yet" in text
+    assert "the preflight was killed by SIGKILL" in other_text
+
+
 def test_an_end_before_the_meeting_ends_all(start_nodes, adapter, tmp_path):
     for flags, expected in ((("--lora_r", "0"), 2), ((), 0)):
         first, second = start_nodes("--num_gpus", "2", *flags, "--output_dir", adapter)

@@ -151,16 +151,19 @@ def leading(nodes: Nodes, shared: Path) -> Iterator:
         told.append(2)
         raise
     finally:
-        tell(store, nodes, {"end": (told or [1])[0]})
+        if not store.check(["message"]):
+            tell(store, nodes, {"end": (told or [1])[0]})
 
 
-def tell(store, nodes: Nodes, message: dict) -> None:
-    """Sets what the others wait for, unless it is set, and stays until they have read it."""
-    if not store.check(["message"]):
-        store.set("message", json.dumps(message))
+def tell(store, nodes: Nodes, message: dict) -> bool:
+    """Sets what the others wait for, and stays until they have read it; False: one has not."""
+    store.set("message", json.dumps(message))
     deadline = time.monotonic() + FAREWELL_S
-    while store.add("left", 0) < nodes.count - 1 and time.monotonic() < deadline:
+    while store.add("left", 0) < nodes.count - 1:
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.05)
+    return True
 
 
 def dismiss(nodes: Nodes, code: int) -> None:
