@@ -517,3 +517,23 @@ def test_only_what_changes_answers_is_identity(tmp_path):
     assert parse(["--engine_args", '{"quantization": "fp8"}']).identity() != parse([]).identity()
     one, other = (parse(["--rehearse", "--output_file", str(tmp_path / n / "o.jsonl")]) for n in "ab")
     assert one.identity() == other.identity()
+
+
+def test_without_a_network_nothing_is_tried_again(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def download(**where):
+        asked.append(where)
+        raise LocalEntryNotFoundError("not in the cache")
+
+    def no_network(*_, **__):
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", no_network)
+    with pytest.raises(UserError, match=r"the hub cannot be reached \(ConnectionError\)"):
+        prompts.find("no-such/prompts")
+    assert len(asked) == 1

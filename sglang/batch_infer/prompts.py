@@ -55,7 +55,7 @@ def find(name: str) -> tuple[Path, str | None]:
     """(file, revision on the hub or None) of --prompts; fetches the hub's file if it is not in the cache."""
     if Path(name).exists():
         return Path(name), None
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     where = {"repo_id": name, "filename": ALPACA_EVAL, "repo_type": "dataset"}
@@ -63,6 +63,7 @@ def find(name: str) -> tuple[Path, str | None]:
         try:
             found = Path(hf_hub_download(**where, local_files_only=True))
         except LocalEntryNotFoundError:
+            HfApi().auth_check(name, repo_type="dataset")  # without a network the download tries again for 23 s
             found = Path(hf_hub_download(**where))
     except Exception as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
