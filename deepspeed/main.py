@@ -161,7 +161,7 @@ def check(args: Arguments, zero_config: dict, nodes: cluster.Nodes, work_dir: Pa
         shared = cluster.new_shared_folder(folder)
         with cluster.leading(nodes, shared) as store:
             start = prepare(args, zero_config, nodes, work_dir, shared, lambda: cluster.gather(store, nodes))
-            if start and not cluster.tell(store, nodes, asdict(start)):
+            if start and not cluster.tell(store, nodes, asdict(start), cluster.SILENCE_S):
                 return end_of(args, nodes, start, cluster.LOST)
         return 0
     except UserError:

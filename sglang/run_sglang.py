@@ -76,8 +76,7 @@ def job(args: Arguments) -> int:
         print("preflight passed" if args.preflight_only else "model and prompts are in the cache")
         return 0
     os.environ |= inputs.machine.compiler | {"HF_HUB_OFFLINE": "1"}  # preflight has fetched everything
-    with importing():
-        records = tokenise(args, inputs)
+    records = tokenise(args, inputs)
     part, partial = order.shard(args, records), store.open_run(args, records, inputs.made_on)
     todo = [record for record in part if not record.error and not partial.done(record)]
     if todo and store.finished(args.folder):
@@ -110,6 +109,7 @@ def set_up_environment(args: Arguments) -> None:
     report.quiet_libraries(args)
 
 
+@importing()
 def tokenise(args: Arguments, inputs: Inputs) -> list[Record]:
     tokenizer = load_tokenizer(Path(engine_args.tokenizer_folder(args, inputs.model)))
     context = engine_args.context_tokens(args, inputs.model)

@@ -52,23 +52,23 @@ def scratch(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+@importing()
 def transformers():
     """Imports what every run needs, once per worker."""
-    with importing():
-        import matplotlib.pyplot  # noqa: F401
-        import torch  # noqa: F401
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import torch  # noqa: F401
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
 @pytest.fixture(scope="session")
+@importing()
 def libraries(transformers):
     """Imports what fine-tuning needs. The last ones are otherwise imported in every rank, at its first step."""
-    with importing():
-        import main
-        import networkx  # noqa: F401
-        import torch._dynamo  # noqa: F401
+    import main
+    import networkx  # noqa: F401
+    import torch._dynamo  # noqa: F401
 
-        import lora_sft.train  # noqa: F401
+    import lora_sft.train  # noqa: F401
 
     return main
 
@@ -116,15 +116,15 @@ def tiny_qwen2(scratch, transformers) -> Path:
 
 
 @pytest.fixture(scope="session")
+@importing()
 def runtime(transformers, tiny_qwen2):
     """Imports SGLang, whose processes are forked from here on."""
-    with importing():
-        import run_sglang
-        import xgrammar  # noqa: F401
+    import run_sglang
+    import xgrammar  # noqa: F401
 
-        from batch_infer.start import fork_engine_processes
+    from batch_infer.start import fork_engine_processes
 
-        fork_engine_processes(str(tiny_qwen2))
+    fork_engine_processes(str(tiny_qwen2))
     return run_sglang
 
 

@@ -1,5 +1,6 @@
 """Processes begun ahead take the engine's work with the environment of then, and end where there is none."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from batch_infer import ahead
 from batch_infer.ahead import Ahead
 from batch_infer.arguments import FOLDER, Arguments
 from batch_infer.machine import Machine
+from workbench.processes import importing
 
 # Spawned processes import a file by its name: this one's functions are not theirs to find.
 SCRIPT = """
@@ -84,8 +86,20 @@ def test_as_many_as_the_engine_asks_for(monkeypatch, flags, gpus, children):
     assert begun == [(children, {"CUDA_HOME": "/cuda", "HF_HUB_OFFLINE": "1"})]
 
 
+def test_garbage_is_collected_again_after_imports_that_fail():
+    @importing()
+    def fail() -> None:
+        assert not gc.isenabled()
+        raise ImportError
+
+    with pytest.raises(ImportError):
+        fail()
+    assert gc.isenabled()
+
+
 def test_none_where_they_are_forked_or_not_needed():
     waiting = Ahead()
     ahead.begin(waiting, Arguments(device="cpu"), Machine("cpu"))
     ahead.begin(waiting, Arguments(preflight_only=True), Machine("cuda", gpus=1))
+    ahead.begin(waiting, Arguments(engine_args='{"enable_memory_saver": true}'), Machine("cuda", gpus=1))
     assert not waiting.waiting

@@ -155,7 +155,7 @@ def test_a_node_that_is_gone_before_it_hears_to_start_is_lost(start_nodes, tmp_p
         cluster.wait_for = wait
 
     def be_impatient():
-        cluster.FAREWELL_S = 1
+        cluster.SILENCE_S = 1
 
     first, second = start_nodes("--output_dir", tmp_path / "out", patches={0: be_impatient, 1: die})
     (code, text), (other_code, other_text) = first.wait(30), second.wait(30)

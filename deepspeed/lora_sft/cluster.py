@@ -25,7 +25,7 @@ from workbench.files import write_json
 from workbench.processes import STOPPED
 
 ARRIVAL_S = 180.0  # until the last node has imported torch
-SILENCE_S = 30  # node 0 answers every question within a moment, or is gone
+SILENCE_S = 30  # while they prepare, nodes answer each other within a moment, or are gone
 FAREWELL_S = 10.0  # for every node to hear how it ends
 CAUSE_S = 4.0  # for every node to say how it ended
 SHARED = ".start_"  # folders in --output_dir that hold a start's plan and tokens
@@ -152,13 +152,13 @@ def leading(nodes: Nodes, shared: Path) -> Iterator:
         raise
     finally:
         if not store.check(["message"]):
-            tell(store, nodes, {"end": (told or [1])[0]})
+            tell(store, nodes, {"end": (told or [1])[0]}, FAREWELL_S)
 
 
-def tell(store, nodes: Nodes, message: dict) -> bool:
+def tell(store, nodes: Nodes, message: dict, patience_s: float) -> bool:
     """Sets what the others wait for, and stays until they have read it; False: one has not."""
     store.set("message", json.dumps(message))
-    deadline = time.monotonic() + FAREWELL_S
+    deadline = time.monotonic() + patience_s
     while store.add("left", 0) < nodes.count - 1:
         if time.monotonic() > deadline:
             return False
@@ -169,7 +169,7 @@ def tell(store, nodes: Nodes, message: dict) -> bool:
 def dismiss(nodes: Nodes, code: int) -> None:
     """Node 0 ends before it has asked anything: so do the others."""
     if nodes.count > 1 and nodes.index == 0:
-        tell(open_store(nodes), nodes, {"end": code})
+        tell(open_store(nodes), nodes, {"end": code}, FAREWELL_S)
 
 
 def gather(store, nodes: Nodes) -> list[dict]:

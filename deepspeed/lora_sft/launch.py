@@ -72,12 +72,12 @@ class StopRequest:
         return self.signalled or self.path.exists()
 
 
+@importing()
 def import_shared_libraries() -> None:
     """Before any fork, so that the children share them. These do not initialise CUDA; DeepSpeed and Trainer
     do (seen on an H200), so the ranks import those themselves."""
-    with importing():
-        import torch  # noqa: F401
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    import torch  # noqa: F401
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
 def run_in_child(function: Callable[[], int], work_dir: Path, stop: StopRequest) -> int:

@@ -92,7 +92,8 @@ def wait_for_work(work: Connection, modules: tuple[str, ...], children: int, var
 def begin(ahead: Ahead, args: Arguments, machine: Machine) -> None:
     """As many as the engine will ask for, as far as is known: a scheduler for each GPU, the detokenizer, and before copies
     their controller."""
-    if machine.device != "cuda" or args.only_looking:
+    preloads = args.own_engine_args.get("enable_memory_saver")  # SGLang does, a library into its own
+    if machine.device != "cuda" or args.only_looking or preloads:
         return
     # So that a scheduler binds itself to its GPU's NUMA node: else SGLang does it as it spawns.
     os.environ.setdefault("SGLANG_NUMA_BIND_V2", "0")
