@@ -1,13 +1,13 @@
 """AlpacaEval's 805 answers at their reference lengths: run_sglang.py, SGLang's defaults, batches, the roofline.
 
-    python bench/offline_throughput.py default sglang_defaults batches_64 --records FILE
-    python bench/offline_throughput.py fast_dp2 fast,tp_size=2 --records FILE --output two_gpus.json
-    python bench/offline_throughput.py default batches_4 --device cpu        # tries the script: tiny model, few records
+    python bench/offline_throughput.py fast default sglang_defaults batches_64 --records FILE
+    python bench/offline_throughput.py fast,tp_size=2 fast_dp2 --records FILE --output two_gpus.json
+    python bench/offline_throughput.py fast batches_4 --device cpu        # tries the script: tiny model, few records
 
 Random weights of Qwen2.5-7B's shape. Every request may have 8,192 new tokens and is ended by a hook at its
 reference length, which no scheduler can foresee. `--records FILE` holds rows with `instruction` and
-`output_tokens`; without it prompts and lengths are drawn, seeded, from AlpacaEval's quantiles. `fast` always runs, first, and
-ratios are taken within a command. Each row has an engine of its own; the result is written after every row. Exit
+`output_tokens`; without it prompts and lengths are drawn, seeded, from AlpacaEval's quantiles. Ratios are to the first row
+of the command (default: fast). Each row has an engine of its own; the result is written after every row. Exit
 code 3: a row failed, its reason is in the result.
 
 rows:
@@ -216,6 +216,11 @@ def set_up_environment(args: Arguments, inputs: Inputs, own: dict[str, str | Non
     os.environ["RUNTIME_PLUGINS"] = os.environ.get("RUNTIME_PLUGINS", "") + ",answer_lengths"
 
 
+def decide(args: Arguments, inputs: Inputs, work: Work) -> run_sglang.Run:
+    records = records_of(work, args)
+    return run_sglang.decide(args, inputs, records, records, records)
+
+
 def ours(
     row: str, given: argparse.Namespace, inputs: Inputs, work: Work
 ) -> tuple[EngineArgs, ThisStart, list[dict]]:
@@ -223,13 +228,12 @@ def ours(
     args, environment = command(row, given)
     set_up_environment(args, inputs, environment)
     engine_args.check_own(args.own_engine_args)
-    records = records_of(work, args)
-    run = run_sglang.decide(args, inputs, records, records, records)
+    run = decide(args, inputs, work)
     store.remove_partial(FOLDER)
     partial = store.PartialFile(FOLDER, {}, {})
     times = run_sglang.answer(run, partial)
     partial.close()
-    return run.chosen, times, [partial.rows[record.index] for record in records]
+    return run.chosen, times, [partial.rows[record.index] for record in run.todo]
 
 
 def theirs(
@@ -314,7 +318,7 @@ def measure_row(row: str, given: argparse.Namespace, inputs: Inputs, work: Work)
 
 
 def measure(given: argparse.Namespace, output: Path) -> dict:
-    """`fast`, then the rows. Raises UserError for what is wrong before the first one."""
+    """Raises UserError for what is wrong before the first row."""
     gpu = given.device == "cuda"
     given.limit = (0 if gpu else 12) if given.limit is None else given.limit
     given.cap = given.cap or (8192 if gpu else 16)
@@ -322,8 +326,8 @@ def measure(given: argparse.Namespace, output: Path) -> dict:
     FOLDER.mkdir(parents=True, exist_ok=True)
     if gpu and not given.model_path:
         given.model_path = str(shapes.build("qwen2.5-7b", FOLDER / "qwen2.5-7b-shape", weights=False))
-    commands = {row: command(row, given)[0] for row in ["fast", *given.rows]}
-    first = next((args for args in commands.values() if args.lora_path), commands["fast"])
+    commands = {row: command(row, given)[0] for row in given.rows or ["fast"]}
+    first = min(commands.values(), key=lambda args: not args.lora_path)
     run_sglang.set_up_environment(first)
     inputs = preflight.run(first)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -337,6 +341,10 @@ def measure(given: argparse.Namespace, output: Path) -> dict:
         found["rates"] = rows.in_child(lambda: measure_rates(*sizes), FOLDER / "rates.log")
         found["roofline_s"] = roofline_s(work, inputs.model, found["rates"])
         print(f"roofline of these lengths: {found['roofline_s']:.2f} s", flush=True)
+    if inputs.machine.gpus > 1:
+        chosen = decide(command("fast,dp_size=0", given)[0], inputs, work).chosen
+        found["fast_chooses"] = {name: chosen.values[name] for name in ("tp_size", "dp_size")}
+        found["fast_chooses"]["why"] = chosen.reasons["tp_size"]
 
     def row_in_child(row: str, number: int) -> dict:
         return rows.in_child(lambda: measure_row(row, given, inputs, work), FOLDER / f"row_{number}.log")
@@ -363,13 +371,13 @@ def about(given: argparse.Namespace, inputs: Inputs, work: Work) -> dict:
 
 
 def ratios(result: dict) -> dict:
-    """Each row's seconds to those of `fast` in this command, and those of `fast` to the roofline."""
+    """Each row's seconds to those of the command's first, and those of that to the roofline of one GPU."""
     seconds = {row["row"]: row["seconds"] for row in result["rows"] if "seconds" in row}
-    if "fast" not in seconds:
+    first = seconds.get(result["rows"][0]["row"])
+    if not first:
         return {"ratios": {}}
-    found = {row: took / seconds["fast"] for row, took in seconds.items()}
-    roofline = {"fast_to_roofline": seconds["fast"] / result["roofline_s"]} if "roofline_s" in result else {}
-    return {"ratios": found | roofline}
+    roofline = {"first_to_roofline": first / result["roofline_s"]} if "roofline_s" in result else {}
+    return {"ratios": {row: took / first for row, took in seconds.items()} | roofline}
 
 
 if __name__ == "__main__":

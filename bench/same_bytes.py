@@ -17,6 +17,7 @@ runs:
     running_N             at most N of them running (--max_running_requests)
     killed_and_resumed    killed with -9 once a quarter is answered, then the same command again
     two_gpus              a copy on each of two GPUs (--dp_size 2)
+    shared_N              one copy shared by two GPUs (--tp_size 2)
     jump_forward          forced text in one pass (--jump_forward); the same text with llguidance only
 """
 
@@ -72,7 +73,12 @@ def flags_of(run: str) -> list[str]:
     if run in OWN_FLAGS:
         return OWN_FLAGS[run]
     kind, _, number = run.rpartition("_")
-    own = {"fresh": [], "in_flight": ["--batch_size", number], "running": ["--max_running_requests", number]}
+    own = {
+        "fresh": [],
+        "shared": ["--tp_size", "2"],
+        "in_flight": ["--batch_size", number],
+        "running": ["--max_running_requests", number],
+    }
     if run != KILLED and (kind not in own or not re.fullmatch(r"[1-9]\d*", number)):
         raise UserError(f"no run {run}; -h lists them")
     return ["--dp_size", "1", *own.get(kind, [])]

@@ -1,0 +1,134 @@
+"""What a decoding step is made of: its time, and that of its kernels by kind, for several numbers of running records.
+
+    python bench/step_profile.py fast fast,tp_size=2
+    python bench/step_profile.py fast --running 4 --device cpu      # tries the script, without the profiler
+
+Rows are those of offline_throughput.py that run_sglang.py answers, with random weights of Qwen2.5-7B's shape. For each
+number of `--running` as many records of `--context` prompt tokens, all of them in the radix tree, decode together.
+`step_s` is taken without the profiler; then SGLang's own (torch.profiler) sees 16 steps of the first GPU. `none` is the
+time in which no kernel ran; within CUDA graphs that is what lies between two kernels.
+"""
+
+import argparse
+import functools
+import gzip
+import json
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent))
+import offline_throughput as bench
+import rows
+import run_sglang
+import shapes
+
+from batch_infer import preflight, start
+from batch_infer.preflight import PACKAGES, Inputs
+from workbench.files import commit
+from workbench.machine import versions
+
+FOLDER = bench.REHEARSAL / "runs" / "step_profile"
+RESULT = bench.RESULT.with_name("step_profile.json")
+STEPS = 16
+# Kinds of kernels by their names, the first that matches; the others are elementwise.
+KINDS = {
+    "sums over GPUs": "all_?reduce|nccl|cross_device",
+    "attention": "[Pp]refill|[Dd]ecode|[Mm]ergeState|VariableLengthMerge|fmha|flash",
+    "matrix products": "gemm|gemv|nvjet|cutlass|splitK",
+    "norms": "[Nn]orm",
+    "copies": "[Mm]emcpy|[Mm]emset",
+}
+
+
+def measure_row(row: str, given: argparse.Namespace, inputs: Inputs) -> dict:
+    """An entry of `by_running` for each number."""
+    args, environment = bench.command(row, given)
+    bench.set_up_environment(args, inputs, environment)
+    vocab_size = inputs.model.config["vocab_size"]
+    texts = ["x" * 4 * given.context + str(index) for index in range(max(given.running))]
+    prompts = [bench.prompt_ids(text, vocab_size)[-given.context :] for text in texts]
+    run = bench.decide(args, inputs, [(ids, 4 * STEPS) for ids in prompts])
+    started = start.start(args, run.chosen, inputs.model, run.todo)
+    found = {}
+    for running in given.running:
+        folder = FOLDER / f"{run.chosen.values['tp_size']}_{running}"
+        shutil.rmtree(folder, ignore_errors=True)
+        generate = functools.partial(answer_s, started.engine, prompts[:running])
+        generate(1)  # the prompts are in the tree from here on
+        step_s = min(generate(3 * STEPS) - generate(STEPS) for _ in range(3)) / (2 * STEPS)
+        found[running] = {"step_s": step_s}
+        if args.device == "cuda":
+            started.engine.start_profile(
+                output_dir=str(folder),
+                num_steps=STEPS,
+                activities=["GPU"],
+                profile_by_stage=True,
+                with_stack=False,
+            )
+            generate(3 * STEPS)
+            found[running] |= by_kind(next(folder.glob("*TP-0*DECODE*")))
+    started.engine.shutdown()
+    return {"by_running": found, "engine_args": {k: run.chosen.values[k] for k in ("tp_size", "dp_size")}}
+
+
+def answer_s(engine, prompts: list[list[int]], tokens: int) -> float:
+    """Seconds in which each of the `prompts` is answered with as many `tokens`."""
+    began = time.monotonic()
+    engine.generate(input_ids=prompts, sampling_params={"max_new_tokens": tokens, "ignore_eos": True})
+    return time.monotonic() - began
+
+
+def by_kind(trace: Path) -> dict:
+    """Of SGLang's file, seconds a step."""
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    spans = [
+        (event["ts"], event["ts"] + event["dur"], event["name"])
+        for event in events
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    ]
+    busy_us, last, kinds, names = 0.0, 0.0, {}, {}
+    for begin, end, name in sorted(spans):
+        busy_us, last = busy_us + max(0.0, end - max(begin, last)), max(last, end)
+        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "elementwise")
+        kinds[kind] = kinds.get(kind, 0.0) + end - begin
+        names[name] = names.get(name, 0.0) + end - begin
+    profiled_us = last - min(spans)[0]
+    kinds["none"] = profiled_us - busy_us
+    longest = sorted(names, key=names.get, reverse=True)[:12]
+    return {
+        "profiled_s": profiled_us / STEPS / 1e6,
+        "gpu_s": {kind: us / STEPS / 1e6 for kind, us in kinds.items()},
+        "kernels": len(spans) / STEPS,
+        "longest_kernels_s": {name[:90]: names[name] / STEPS / 1e6 for name in longest},
+    }
+
+
+def measure(given: argparse.Namespace, output: Path) -> dict:
+    gpu = given.device == "cuda"
+    given.cap = given.seed = given.lora_path = given.model_path = None
+    given.cap, given.engine_args = 8192 if gpu else 64, '{"load_format": "dummy"}' if gpu else "{}"
+    for folder in (FOLDER, bench.FOLDER):
+        folder.mkdir(parents=True, exist_ok=True)
+    if gpu:
+        given.model_path = str(shapes.build("qwen2.5-7b", FOLDER / "qwen2.5-7b-shape", weights=False))
+    first = bench.command(given.rows[0], given)[0]
+    run_sglang.set_up_environment(first)
+    inputs = preflight.run(first)
+    about = {"hardware": inputs.machine.gpu_name, "gpus": inputs.machine.gpus, "context": given.context}
+    about |= {"model": Path(inputs.model.folder).name, "versions": versions(PACKAGES), "commit": commit()}
+
+    def row_in_child(row: str, number: int) -> dict:
+        return rows.in_child(lambda: measure_row(row, given, inputs), FOLDER / f"row_{number}.log")
+
+    return rows.measure(given.rows, row_in_child, lambda result: {"ratios": {}}, about, output)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="+", metavar="row", help="see above")
+    parser.add_argument("--running", type=int, nargs="+", default=[800, 400, 100, 8])
+    parser.add_argument("--context", type=int, default=400, help="tokens of each prompt")
+    sys.exit(rows.run(measure, parser, RESULT, FOLDER))
