@@ -135,8 +135,8 @@ def compare(results: list[dict], runs: list[str]) -> dict:
         row = {key: value for key, value in result.items() if key not in ("settings", "outputs")}
         if "outputs" in result:
             pairs = enumerate(zip(first, result["outputs"], strict=True))
-            row["which"] = [i for i, (one, other) in pairs if one != other]
-            row["different_records"] = len(row["which"])
+            which = [i for i, (one, other) in pairs if one != other]
+            row |= {"different_records": len(which), "which": which[:200]}
         rows.append(row)
     return {
         "identical_runs": sum(result["sha256"] == ended[0]["sha256"] for result in ended),

@@ -5,8 +5,8 @@
 
 Rows are those of offline_throughput.py that run_sglang.py answers, with random weights of Qwen2.5-7B's shape. For each
 number of `--running` as many records of `--context` prompt tokens, all of them in the radix tree, decode together.
-`step_s` is taken without the profiler; then SGLang's own (torch.profiler) sees 16 steps of the first GPU. `none` is the
-time in which no kernel ran; within CUDA graphs that is what lies between two kernels.
+`step_s` is taken without the profiler; then SGLang's own (torch.profiler), which slows the host, sees some 16 steps of the
+first GPU. `none` is the time in which no kernel ran, "sums over GPUs" also that in which one GPU waits for the other.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import shapes
 
 from batch_infer import preflight, start
 from batch_infer.preflight import PACKAGES, Inputs
+from batch_infer.prompts import Record
 from workbench.files import commit
 from workbench.machine import versions
 
@@ -40,6 +41,7 @@ KINDS = {
     "matrix products": "gemm|gemv|nvjet|cutlass|splitK",
     "norms": "[Nn]orm",
     "copies": "[Mm]emcpy|[Mm]emset",
+    "drawing": "^draw$",
 }
 
 
@@ -56,7 +58,7 @@ def measure_row(row: str, given: argparse.Namespace, inputs: Inputs) -> dict:
     for running in given.running:
         folder = FOLDER / f"{run.chosen.values['tp_size']}_{running}"
         shutil.rmtree(folder, ignore_errors=True)
-        generate = functools.partial(answer_s, started.engine, prompts[:running])
+        generate = functools.partial(answer_s, started.engine, run.todo[:running])
         generate(1)  # the prompts are in the tree from here on
         step_s = min(generate(3 * STEPS) - generate(STEPS) for _ in range(3)) / (2 * STEPS)
         found[running] = {"step_s": step_s}
@@ -74,35 +76,36 @@ def measure_row(row: str, given: argparse.Namespace, inputs: Inputs) -> dict:
     return {"by_running": found, "engine_args": {k: run.chosen.values[k] for k in ("tp_size", "dp_size")}}
 
 
-def answer_s(engine, prompts: list[list[int]], tokens: int) -> float:
-    """Seconds in which each of the `prompts` is answered with as many `tokens`."""
+def answer_s(engine, records: list[Record], tokens: int) -> float:
+    """Seconds in which each of the `records` is answered with as many `tokens`."""
+    params = [record.sampling_params | {"max_new_tokens": tokens, "custom_params": None} for record in records]
+    prompts = [record.input_ids for record in records]
     began = time.monotonic()
-    engine.generate(input_ids=prompts, sampling_params={"max_new_tokens": tokens, "ignore_eos": True})
+    engine.generate(input_ids=prompts, sampling_params=[own | {"ignore_eos": True} for own in params])
     return time.monotonic() - began
 
 
 def by_kind(trace: Path) -> dict:
-    """Of SGLang's file, seconds a step."""
+    """Of SGLang's file, seconds a step: each ends as its tokens are drawn."""
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    spans = [
+    spans = sorted(
         (event["ts"], event["ts"] + event["dur"], event["name"])
         for event in events
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
-    ]
-    busy_us, last, kinds, names = 0.0, 0.0, {}, {}
-    for begin, end, name in sorted(spans):
-        busy_us, last = busy_us + max(0.0, end - max(begin, last)), max(last, end)
+    )
+    drawn = [end for _, end, name in spans if name == "draw"]
+    steps = len(drawn) - 1
+    busy, last, kinds, names = 0.0, drawn[0], {}, {}
+    for begin, end, name in [span for span in spans if drawn[0] < span[1] <= drawn[-1]]:
+        busy, last = busy + max(0.0, end - max(begin, last)), max(last, end)
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "elementwise")
-        kinds[kind] = kinds.get(kind, 0.0) + end - begin
-        names[name] = names.get(name, 0.0) + end - begin
-    profiled_us = last - min(spans)[0]
-    kinds["none"] = profiled_us - busy_us
-    longest = sorted(names, key=names.get, reverse=True)[:12]
+        for found, key in ((kinds, kind), (names, name[:90])):
+            found[key] = found.get(key, 0.0) + (end - begin) / steps / 1e6
+    profiled_s = (drawn[-1] - drawn[0]) / steps / 1e6
     return {
-        "profiled_s": profiled_us / STEPS / 1e6,
-        "gpu_s": {kind: us / STEPS / 1e6 for kind, us in kinds.items()},
-        "kernels": len(spans) / STEPS,
-        "longest_kernels_s": {name[:90]: names[name] / STEPS / 1e6 for name in longest},
+        "profiled_s": profiled_s,
+        "gpu_s": kinds | {"none": profiled_s - busy / steps / 1e6},
+        "longest_kernels_s": dict(sorted(names.items(), key=lambda item: -item[1])[:12]),
     }
 
 

@@ -206,6 +206,7 @@ def test_the_result_is_there_after_every_row_and_a_failing_row_leaves_its_reason
 def test_flags_of_the_runs():
     assert same_bytes.flags_of("fresh_7") == same_bytes.flags_of("killed_and_resumed") == ["--dp_size", "1"]
     assert same_bytes.flags_of("in_flight_64") == ["--dp_size", "1", "--batch_size", "64"]
+    assert same_bytes.flags_of("shared_5") == ["--dp_size", "1", "--tp_size", "2"]
     assert same_bytes.flags_of("running_100") == ["--dp_size", "1", "--max_running_requests", "100"]
     assert same_bytes.flags_of("two_gpus") == ["--dp_size", "2"]
     assert "--jump_forward" in same_bytes.flags_of("jump_forward")

@@ -22,7 +22,9 @@ QWEN_7B = SimpleNamespace(
     config={"num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 3584, "torch_dtype": "bfloat16"}
 )
 LLAMA_7B = SimpleNamespace(config={"num_attention_heads": 32, "hidden_size": 4096, "dtype": "float32"})
-FAST = Modules("9.0", "bfloat16", head_size=128, heads=28, kv_heads=4, gpus=1, ragged=True, attention=True)
+FAST = Modules(
+    "9.0", "bfloat16", head_size=128, heads=28, kv_heads=4, gpus=1, deterministic=False, attention=True
+)
 NAMES = """
 import json, sys
 sys.path.append(sys.argv[1])
@@ -50,7 +52,7 @@ def in_a_process(monkeypatch, tmp_path):
 def test_a_run_names_what_its_modules_depend_on(monkeypatch):
     monkeypatch.delenv("FLASHINFER_CUDA_ARCH_LIST", raising=False)
     assert kernels.needed(Arguments(fast=True), QWEN_7B, 1, "9.0") == FAST
-    assert kernels.needed(Arguments(), QWEN_7B, 1, "9.0") == replace(FAST, ragged=False)
+    assert kernels.needed(Arguments(), QWEN_7B, 1, "9.0") == replace(FAST, deterministic=True)
     assert kernels.needed(Arguments(fast=True), QWEN_7B, 2, "9.0") == replace(
         FAST, heads=14, kv_heads=2, gpus=2
     )
@@ -72,7 +74,7 @@ def test_a_start_builds_for_the_gpus_that_were_found(monkeypatch):
 
 def test_the_modules_are_those_of_the_profile(in_a_process):
     cases = (
-        replace(FAST, ragged=False),
+        replace(FAST, deterministic=True),
         FAST,
         replace(FAST, heads=32, kv_heads=32),
         replace(FAST, attention=False),
@@ -82,7 +84,7 @@ def test_the_modules_are_those_of_the_profile(in_a_process):
     kind = "dtype_q_bf16_dtype_kv_bf16_dtype_o_bf16_dtype_idx_i32_head_dim_qk_128_head_dim_vo_128_posenc_0"
     prefill = f"batch_prefill_with_kv_cache_{kind}_use_swa_False_use_logits_cap_False_f16qk_False"
     assert default == [prefill, "norm"]
-    assert fast == [prefill, f"{prefill}_sm90", "cascade", "norm"]
+    assert fast == default
     assert set(many_heads) - set(fast) == {
         f"batch_decode_with_kv_cache_{kind}_use_swa_False_use_logits_cap_False"
     }
@@ -126,7 +128,7 @@ def test_what_is_built_is_not_looked_at_again(monkeypatch, tmp_path):
     (tmp_path / command[-1]).touch()
     assert kernels.begin(FAST, tmp_path) is None
     assert not begun
-    kernels.begin(replace(FAST, ragged=False), tmp_path)
+    kernels.begin(replace(FAST, deterministic=True), tmp_path)
     monkeypatch.setenv("FLASHINFER_EXTRA_CUDAFLAGS", "-lineinfo")
     kernels.begin(FAST, tmp_path)
     assert len({command[-1], *(other[-1] for other, _ in begun)}) == 3

@@ -283,6 +283,9 @@ def environment(args: Arguments) -> dict[str, str]:
         "RUNTIME_PLUGINS": ",".join(plugins),
         # One kernel for norms, whatever else is installed: the one whose bytes were compared.
         "FLASHINFER_USE_CUDA_NORM": "1",
+        # One module of attention for all, as in deterministic mode: else prefill takes FlashAttention 3's on Hopper, of
+        # which a file compiles four times as long.
+        "SGLANG_FLASHINFER_USE_PAGED": "1",
         "FLASHINFER_EXTRA_CUDAFLAGS": _compiler_flags(),
     }
 

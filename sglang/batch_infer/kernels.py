@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "common"))
 from workbench.machine import memory_limit_gib
 from workbench.processes import die_with_parent
 
-COMPILER_GIB = 3  # of nvcc, for FlashInfer's largest files
+COMPILER_GIB = 1  # of nvcc; FlashInfer's largest files take half of it
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Modules:
     heads: int  # on one GPU, as all that follows
     kv_heads: int
     gpus: int  # that share a copy
-    ragged: bool  # SGLang prefills apart from the cached prefix, but in deterministic mode
+    deterministic: bool  # SGLang then decodes with prefill's kernels
     attention: bool  # by FlashInfer
 
 
@@ -54,7 +54,7 @@ def needed(args, model, tp_size: int, architecture: str) -> Modules:
         heads=heads // tp_size,
         kv_heads=max(1, (config.get("num_key_value_heads") or heads) // tp_size),
         gpus=tp_size,
-        ragged=not args.reproducible,
+        deterministic=args.reproducible,
         attention=own.get("attention_backend", "flashinfer") == "flashinfer",
     )
 
@@ -86,25 +86,15 @@ def of_flashinfer(modules: Modules) -> dict[str, Callable[[], object]]:
     """As layers/attention/flashinfer_backend.py and layers/layernorm.py of SGLang use them."""
     import torch
     from flashinfer.jit import gen_batch_decode_module, gen_batch_prefill_module
-    from flashinfer.jit.cascade import gen_cascade_module
     from flashinfer.jit.norm import gen_norm_module
-    from flashinfer.utils import is_fa3_prefill_head_dim_supported
 
     dtype, size = getattr(torch, modules.dtype), modules.head_size
     kind = (dtype, dtype, dtype, torch.int32, size, size, 0, False, False)
     specs = [gen_norm_module()]
     if modules.attention:
         specs.append(gen_batch_prefill_module("fa2", *kind, False))  # and decoding on tensor cores
-        if modules.ragged and modules.heads // modules.kv_heads < 4:
+        if not modules.deterministic and modules.heads // modules.kv_heads < 4:
             specs.append(gen_batch_decode_module(*kind))
-        if modules.ragged:
-            specs.append(gen_cascade_module())
-        if (
-            modules.ragged
-            and modules.architecture.startswith("9.0")
-            and is_fa3_prefill_head_dim_supported(size, size)
-        ):
-            specs.append(gen_batch_prefill_module("fa3", *kind, False))
     return {spec.name: functools.partial(spec.build, verbose=False) for spec in specs if not spec.is_aot}
 
 
@@ -132,9 +122,10 @@ def of_sglang(modules: Modules) -> dict[str, Callable[[], object]]:
 def build(modules: Modules) -> list[str]:
     """Returns what could not be built, each with the reason."""
     compilers = int(max(1, min(2 * len(os.sched_getaffinity(0)), memory_limit_gib()[0] // COMPILER_GIB)))
-    of_each = max(1, compilers // 8)  # there are six to nine modules
-    os.environ.setdefault("MAX_JOBS", str(of_each))
-    with ThreadPoolExecutor(compilers // of_each) as pool:
+    os.environ.setdefault(
+        "MAX_JOBS", str(compilers)
+    )  # of each module, but only that of attention has many files
+    with ThreadPoolExecutor(8) as pool:
         running: dict[str, Future] = {n: pool.submit(f) for n, f in of_flashinfer(modules).items()}
         from sglang.kernels.jit.utils.arch import get_jit_cuda_arch, override_jit_cuda_arch
 
