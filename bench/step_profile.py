@@ -111,7 +111,7 @@ def by_kind(trace: Path) -> dict:
 
 def measure(given: argparse.Namespace, output: Path) -> dict:
     gpu = given.device == "cuda"
-    given.cap = given.seed = given.lora_path = given.model_path = None
+    given.lora_path = given.model_path = None
     given.cap, given.engine_args = 8192 if gpu else 64, '{"load_format": "dummy"}' if gpu else "{}"
     for folder in (FOLDER, bench.FOLDER):
         folder.mkdir(parents=True, exist_ok=True)

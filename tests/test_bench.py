@@ -1,5 +1,6 @@
 """The benchmarks of inference: the same work for every row, and ratios within a command only."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import offline_throughput
 import rows
 import same_bytes
 import shapes
+import step_profile
 
 from batch_infer.engine_args import environment
 from workbench import UserError, files
@@ -157,6 +159,20 @@ def test_rows_of_inference_on_the_cpu(tiny_qwen2, tmp_path):
     assert result["ratios"].keys() == {"fast", *names[2:]}
     assert all(ratio > 0 for ratio in result["ratios"].values())
     assert result["workload"]["records"] == 12
+
+
+def test_a_step_ends_as_its_tokens_are_drawn(tmp_path):
+    """Two steps of 10 and 12 microseconds between three draws; what ran before the first one is prefill's."""
+    kernels = [(0, 5, "ncclAllReduce"), (5, 2, "draw"), (8, 4, "nvjet_tst"), (15, 2, "draw")]
+    kernels += [(17, 6, "nvjet_tst"), (20, 4, "ncclAllReduce"), (28, 1, "draw")]
+    events = [{"cat": "kernel", "ts": begin, "dur": took, "name": name} for begin, took, name in kernels]
+    trace = tmp_path / "trace.json.gz"
+    trace.write_bytes(gzip.compress(json.dumps({"traceEvents": [*events, {"cat": "cpu_op"}]}).encode()))
+    found = step_profile.by_kind(trace)
+    assert found["profiled_s"] == pytest.approx(11e-6)
+    expected = {"matrix products": 5e-6, "sums over GPUs": 2e-6, "drawing": 1.5e-6, "none": 4e-6}
+    assert found["gpu_s"] == pytest.approx(expected)
+    assert list(found["longest_kernels_s"]) == ["nvjet_tst", "ncclAllReduce", "draw"]
 
 
 # --- rows.py ------------------------------------------------------------------------------------------
