@@ -76,6 +76,8 @@ def job(args: Arguments) -> int:
         print("preflight passed" if args.preflight_only else "model and prompts are in the cache")
         return 0
     os.environ |= inputs.machine.compiler | {"HF_HUB_OFFLINE": "1"}  # preflight has fetched everything
+    if args.device == "cuda":
+        ahead.read_weights(Path(inputs.model.folder))
     records = tokenise(args, inputs)
     part, partial = order.shard(args, records), store.open_run(args, records, inputs.made_on)
     todo = [record for record in part if not record.error and not partial.done(record)]

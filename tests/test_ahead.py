@@ -2,8 +2,10 @@
 
 import gc
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -103,3 +105,23 @@ def test_none_where_they_are_forked_or_not_needed():
     ahead.begin(waiting, Arguments(preflight_only=True), Machine("cuda", gpus=1))
     ahead.begin(waiting, Arguments(engine_args='{"enable_memory_saver": true}'), Machine("cuda", gpus=1))
     assert not waiting.waiting
+
+
+def test_weights_are_read_where_they_fit_into_memory(monkeypatch, tmp_path):
+    for number in (1, 2):
+        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(bytes(2**25 + number))
+    (tmp_path / "blob").write_bytes(bytes(2**25))
+    (tmp_path / "model-00003.safetensors").symlink_to("blob")  # as in the hub's cache
+
+    def so_far() -> int:
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+    def bytes_read(folder: Path) -> int:
+        before, thread = so_far(), ahead.read_weights(folder)
+        if thread:
+            thread.join(20)
+        return so_far() - before
+
+    assert 3 * 2**25 <= bytes_read(tmp_path) < 3 * 2**25 + 2**20
+    monkeypatch.setattr(ahead, "memory_limit_gib", lambda: (2 * 3 * 2**25 / 2**30, "a test"))
+    assert bytes_read(tmp_path) < 2**20

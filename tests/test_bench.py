@@ -175,6 +175,21 @@ def test_a_step_ends_as_its_tokens_are_drawn(tmp_path):
     assert list(found["longest_kernels_s"]) == ["nvjet_tst", "ncclAllReduce", "draw"]
 
 
+# --- start.py -----------------------------------------------------------------------------------------
+
+
+def test_a_start_in_parts(tiny_qwen2, tmp_path):
+    out = tmp_path / "start.json"
+    bench("start.py", "again", "again,temprature=0", "--model_path", tiny_qwen2, "--output", out, expect=3)
+    result = json.loads(out.read_text())
+    first, wrong = result["rows"]
+    assert "temprature" in wrong["error"]
+    order = [first["parts"][name] for name in ("GPUs known", "inputs checked", "tokenised", "answering")]
+    assert order == sorted(order)
+    assert first["seconds"] == order[-1] > first["load_s"] > 0
+    assert result["ratios"] == {"again": 1.0}
+
+
 # --- rows.py ------------------------------------------------------------------------------------------
 
 
@@ -315,17 +330,16 @@ def test_results_of_benchmarks_do_not_make_a_commit_dirty(monkeypatch, tmp_path)
 
     (tmp_path / "bench" / "results").mkdir(parents=True)
     result, program = tmp_path / "bench" / "results" / "a.json", tmp_path / "program.py"
-    monkeypatch.setattr(files, "__file__", str(tmp_path / "files.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert files.commit() is None
+    assert files.commit(tmp_path) is None
     result.write_text("{}")
     program.write_text("")
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "first")
-    head = files.commit()
+    head = files.commit(tmp_path)
     assert len(head) == 40
     result.write_text("[]")
-    assert files.commit() == head
+    assert files.commit(tmp_path) == head
     program.write_text("changed")
-    assert files.commit() == head + "-dirty"
+    assert files.commit(tmp_path) == head + "-dirty"

@@ -130,9 +130,10 @@ def disk_full(error: BaseException, folder: Path) -> bool:
     return writing and shutil.disk_usage(folder).free < 2**20
 
 
-def commit() -> str | None:
-    """The repository's commit, with "-dirty" if files differ (results of benchmarks do not count); None outside git."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+def commit(tree: Path | None = None) -> str | None:
+    """Of the repository that holds `tree` (this one), with "-dirty" if files differ (results of benchmarks do not
+    count); None outside git."""
+    git = ["git", "-C", str((tree or Path(__file__).parent).resolve())]
     changes = [*git, "diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)bench/results"]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The engine's processes, begun while this one still reads and checks.
+"""The engine's processes and weights, begun while this one still reads and checks.
 
 SGLang spawns them when all is decided, and each then imports for 15 s what this one has imported before; where copies are
 served, a process between the two imports it once more. Here they are spawned as soon as a GPU is found, import, and wait
@@ -9,10 +9,13 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
+from workbench.machine import memory_limit_gib
 from workbench.processes import importing
 
 from .arguments import Arguments
@@ -101,3 +104,25 @@ def begin(ahead: Ahead, args: Arguments, machine: Machine) -> None:
     copies = args.dp_size or max(1, machine.gpus // shared)
     schedulers = [copies * shared] if copies > 1 else [0] * shared
     ahead.begin([*schedulers, 0], machine.compiler | {"HF_HUB_OFFLINE": "1"})
+
+
+def read_weights(folder: Path) -> threading.Thread | None:
+    """Reads `folder`'s weights, so that the engine finds them in memory when all is imported. None: they would drive
+    one another out. (Of posix_fadvise's WILLNEED Linux reads the first megabytes only.)"""
+    files = sorted(folder.glob("*.safetensors"))
+    if sum(path.stat().st_size for path in files) > memory_limit_gib()[0] / 2 * 2**30:
+        return None
+
+    def read() -> None:
+        piece = bytearray(2**24)
+        for path in files:
+            with (
+                contextlib.suppress(OSError),
+                path.open("rb", buffering=0) as file,
+            ):  # the engine says what is wrong
+                while file.readinto(piece):
+                    pass
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    return thread
