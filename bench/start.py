@@ -51,8 +51,6 @@ PARTS = {
 def measure_row(name: str, given: argparse.Namespace, log: Path) -> dict:
     """Raises UserError if the command fails."""
     kind, settings = rows.split(name)
-    if kind not in ("first", "again", "cold"):
-        raise UserError(f"no row {name}; -h lists them")
     tree = Path(settings.pop("TREE", ROOT)).absolute()
     if kind == "first":
         shutil.rmtree(FOLDER / "kernels", ignore_errors=True)
@@ -98,6 +96,12 @@ def measure_row(name: str, given: argparse.Namespace, log: Path) -> dict:
 def measure(given: argparse.Namespace, output: Path) -> dict:
     if given.device == "cuda" and not given.model_path:
         raise UserError("--model_path FOLDER is needed; --device cpu tries the script")
+    for name in given.rows:
+        kind, settings = rows.split(name)
+        if kind not in ("first", "again", "cold"):
+            raise UserError(f"no row {name}; -h lists them")
+        if not Path(settings.get("TREE", ROOT), "sglang", "run_sglang.py").exists():
+            raise UserError(f"{name}: no checkout in {settings['TREE']}")
     FOLDER.mkdir(parents=True, exist_ok=True)
     about = {"cpu_cores": len(os.sched_getaffinity(0)), "versions": versions(PACKAGES), "commit": commit()}
 

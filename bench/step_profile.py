@@ -28,6 +28,7 @@ import shapes
 from batch_infer import preflight, start
 from batch_infer.preflight import PACKAGES, Inputs
 from batch_infer.prompts import Record
+from workbench import UserError
 from workbench.files import commit
 from workbench.machine import versions
 
@@ -117,6 +118,12 @@ def measure(given: argparse.Namespace, output: Path) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
     if gpu:
         given.model_path = str(shapes.build("qwen2.5-7b", FOLDER / "qwen2.5-7b-shape", weights=False))
+    if min(given.running) < 1:
+        raise UserError(f"--running {min(given.running)}: must be at least 1")
+    for row in given.rows:
+        bench.command(row, given)
+        if row.startswith(("vllm", "sglang", "batches")):
+            raise UserError(f"{row}: only rows that run_sglang.py answers are profiled")
     first = bench.command(given.rows[0], given)[0]
     run_sglang.set_up_environment(first)
     inputs = preflight.run(first)
