@@ -179,6 +179,7 @@ def train_rank(
     stop.install()
     try:
         code = train(args, plan, work_dir, resume_from, stop, started_s)
+        gc.unfreeze()
         gc.collect()  # DeepSpeed's engine ends before the process group that it uses
         dist.barrier()
         dist.destroy_process_group()
