@@ -157,6 +157,7 @@ def test_parity_with_resident_layers_and_separate_hooks(start, parity_flags, one
 
 def observe_partitions(seen: Path) -> None:
     """Leaves in `seen` what rank 0 holds at rest, which modules forward passes fetch, and how much is whole at once."""
+    import deepspeed.utils.nvtx
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -191,6 +192,7 @@ def observe_partitions(seen: Path) -> None:
             offload = self.trainer.model_wrapped.optimizer.parameter_offload
             result["ahead"] = offload.get_param_coordinator().fast_sharding_for_leaf_module
             result["looked_through"] = len(gc.get_objects())  # for garbage
+            result["ranges"] = deepspeed.utils.nvtx.enable_nvtx
             if state.is_world_process_zero:
                 seen.write_text(json.dumps(result))
 
@@ -214,6 +216,7 @@ def test_weights_are_partitioned_and_gathered_per_layer(start, quick, tmp_path):
     result = json.loads((tmp_path / "seen.json").read_text())
     assert result["ahead"]  # one stream
     assert result["looked_through"] < 10_000
+    assert not result["ranges"]
     # Embedding, head and last norm; base matrices and norms of a layer, LoRA A and B.
     assert len(result["at_rest"]) == 3 + 4 * (7 + 2 + 7 * 2)
     for name, (held, _, partitioned) in result["at_rest"].items():
