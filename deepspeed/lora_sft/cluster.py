@@ -184,7 +184,20 @@ def gather(store, nodes: Nodes) -> list[dict]:
         raise UserError(
             f"node {', '.join(missing)} of 0 to {nodes.count - 1} did not come within {ARRIVAL_S:.0f} s"
         ) from error
-    return [json.loads(store.get(key)) for key in keys]
+    found = [json.loads(store.get(key)) for key in keys]
+    if killed := [facts["name"] for facts in found if "killed" in facts]:
+        print(
+            f"error: {', '.join(killed)}: killed as it prepared; the same command starts again", file=sys.stderr
+        )
+        sys.exit(STOPPED)
+    return found
+
+
+def tell_of_kill(nodes: Nodes) -> int:
+    """On another node whose `ask` was killed: node 0 need not wait for it."""
+    signal.alarm(SILENCE_S)
+    open_store(nodes).set(f"facts-{nodes.index}", json.dumps({"killed": True, "name": nodes.here()}))
+    return 0
 
 
 def ask(nodes: Nodes, work_dir: Path, facts: Callable[[], dict]) -> int:
