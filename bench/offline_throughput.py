@@ -371,13 +371,11 @@ def about(given: argparse.Namespace, inputs: Inputs, work: Work) -> dict:
 
 
 def ratios(result: dict) -> dict:
-    """Each row's seconds to those of the command's first, and those of that to the roofline of one GPU."""
-    seconds = {row["row"]: row["seconds"] for row in result["rows"] if "seconds" in row}
-    first = seconds.get(result["rows"][0]["row"])
-    if not first:
-        return {"ratios": {}}
-    roofline = {"first_to_roofline": first / result["roofline_s"]} if "roofline_s" in result else {}
-    return {"ratios": {row: took / first for row, took in seconds.items()} | roofline}
+    """To the first row's seconds, and that row's to the roofline of one GPU."""
+    found = rows.to_first(result)
+    if found and "roofline_s" in result:
+        found["first_to_roofline"] = result["rows"][0]["seconds"] / result["roofline_s"]
+    return {"ratios": found}
 
 
 if __name__ == "__main__":

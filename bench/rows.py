@@ -55,6 +55,13 @@ def reason(log: Path, otherwise: str) -> str:
     return f"{[*told[:1], *lines[-1:], otherwise][0][:400]} ({otherwise}; see {log})"
 
 
+def to_first(result: dict) -> dict[str, float]:
+    """Each row's seconds to those of the command's first; {} if that failed."""
+    seconds = {row["row"]: row["seconds"] for row in result["rows"] if "seconds" in row}
+    first = seconds.get(result["rows"][0]["row"])
+    return {row: took / first for row, took in seconds.items()} if first else {}
+
+
 def measure(
     names: list[str],
     measure_row: Callable[[str, int], dict],

@@ -108,13 +108,7 @@ def measure(given: argparse.Namespace, output: Path) -> dict:
     def run(name: str, number: int) -> dict:
         return measure_row(name, given, FOLDER / f"row_{number}.log")
 
-    return rows.measure(given.rows, run, ratios, about, output)
-
-
-def ratios(result: dict) -> dict:
-    seconds = {row["row"]: row["seconds"] for row in result["rows"] if "seconds" in row}
-    first = seconds.get(result["rows"][0]["row"])
-    return {"ratios": {row: took / first for row, took in seconds.items()} if first else {}}
+    return rows.measure(given.rows, run, lambda result: {"ratios": rows.to_first(result)}, about, output)
 
 
 if __name__ == "__main__":

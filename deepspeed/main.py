@@ -92,7 +92,7 @@ def follow(argv: list[str], nodes: cluster.Nodes) -> int:
         launch.import_shared_libraries()
         code = launch.run_in_child(lambda: cluster.ask(nodes, work_dir, facts), work_dir, stop)
         if code == 1 and launch.cause(work_dir):
-            launch.run_in_child(lambda: cluster.tell_of_kill(nodes), work_dir, stop)
+            launch.run_in_child(lambda: cluster.give_up(nodes), work_dir, stop)
         if code or not (work_dir / cluster.START).exists():
             return code
         folder = Path(cluster.Start.load(work_dir).shared).parent  # a rehearsal's is named after the time

@@ -145,6 +145,17 @@ def test_a_first_node_that_falls_silent_while_it_checks_ends_the_others(start_no
     assert text.endswith("error: node 0 does not answer any more; the same command starts again\n")
 
 
+def test_a_node_whose_check_is_killed_before_it_speaks_is_not_waited_for(start_nodes, tmp_path):
+    def die():
+        cluster.ask = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+    first, second = start_nodes("--output_dir", tmp_path / "out", patches={1: die})
+    code, text = first.wait(60)
+    assert code == 75
+    assert "ended too early; the same command starts again" in text
+    assert second.wait(60)[0] == 1
+
+
 def test_a_node_that_is_gone_before_it_hears_to_start_is_lost(start_nodes, tmp_path):
     def die():
         wait_for = cluster.wait_for

@@ -185,18 +185,16 @@ def gather(store, nodes: Nodes) -> list[dict]:
             f"node {', '.join(missing)} of 0 to {nodes.count - 1} did not come within {ARRIVAL_S:.0f} s"
         ) from error
     found = [json.loads(store.get(key)) for key in keys]
-    if killed := [facts["name"] for facts in found if "killed" in facts]:
-        print(
-            f"error: {', '.join(killed)}: killed as it prepared; the same command starts again", file=sys.stderr
-        )
+    if ended := [facts["name"] for facts in found if "ended" in facts]:
+        print(f"error: {', '.join(ended)}: ended too early; the same command starts again", file=sys.stderr)
         sys.exit(STOPPED)
     return found
 
 
-def tell_of_kill(nodes: Nodes) -> int:
-    """On another node whose `ask` was killed: node 0 need not wait for it."""
+def give_up(nodes: Nodes) -> int:
+    """On another node whose `ask` was killed or failed: node 0 need not wait for it."""
     signal.alarm(SILENCE_S)
-    open_store(nodes).set(f"facts-{nodes.index}", json.dumps({"killed": True, "name": nodes.here()}))
+    open_store(nodes).set(f"facts-{nodes.index}", json.dumps({"ended": True, "name": nodes.here()}))
     return 0
 
 

@@ -90,11 +90,9 @@ class SetUp(TrainerCallback):
         keep_activations(engine.module, self.plan.kept_layers)  # Trainer has just switched checkpointing on
         if not engine.zero_overlap_comm():
             let_host_run_ahead(engine)
-        deepspeed.utils.nvtx.enable_nvtx = (
-            False  # 5,000 ranges a micro-batch, which only NVIDIA's profilers read
-        )
+        deepspeed.utils.nvtx.enable_nvtx = False  # ranges that only NVIDIA's profilers read
         gc.collect()
-        gc.freeze()  # to look through all that stays holds a rank for 0.1 s, each at another time, and the others wait
+        gc.freeze()  # to look through all that stays holds each rank at another time, and the others wait
         error = packing_self_test(engine, engine.module.config.vocab_size, hf_args.device)
         log.info("packing self-test passed: relative error %.1e between packed and separate documents", error)
         if state.is_world_process_zero:

@@ -116,10 +116,7 @@ def read_weights(folder: Path) -> threading.Thread | None:
     def read() -> None:
         piece = bytearray(2**24)
         for path in files:
-            with (
-                contextlib.suppress(OSError),
-                path.open("rb", buffering=0) as file,
-            ):  # the engine says what is wrong
+            with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:  # the engine says it
                 while file.readinto(piece):
                     pass
 

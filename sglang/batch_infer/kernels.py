@@ -122,9 +122,8 @@ def of_sglang(modules: Modules) -> dict[str, Callable[[], object]]:
 def build(modules: Modules) -> list[str]:
     """Returns what could not be built, each with the reason."""
     compilers = int(max(1, min(2 * len(os.sched_getaffinity(0)), memory_limit_gib()[0] // COMPILER_GIB)))
-    os.environ.setdefault(
-        "MAX_JOBS", str(compilers)
-    )  # of each module, but only that of attention has many files
+    # Of each module, but only that of attention has many files.
+    os.environ.setdefault("MAX_JOBS", str(compilers))
     with ThreadPoolExecutor(8) as pool:
         running: dict[str, Future] = {n: pool.submit(f) for n, f in of_flashinfer(modules).items()}
         from sglang.kernels.jit.utils.arch import get_jit_cuda_arch, override_jit_cuda_arch
