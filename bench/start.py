@@ -44,7 +44,7 @@ PARTS = {
     "tokenised": r"records  .* to answer",
     "weights loaded": r"shards: 100%",
     "CUDA graphs captured": r"Capturing batches.* 100%",
-    ANSWERING: r"\| 0/\d+ \[",
+    ANSWERING: r"\| 0/\d+ .*records/s",
 }
 
 

@@ -38,9 +38,9 @@ STEPS = 16
 # Kinds of kernels by their names, the first that matches; the others are elementwise.
 KINDS = {
     "sums over GPUs": "all_?reduce|nccl|cross_device",
-    "attention": "[Pp]refill|[Dd]ecode|[Mm]ergeState|VariableLengthMerge|fmha|flash",
-    "matrix products": "gemm|gemv|nvjet|cutlass|splitK",
     "norms": "[Nn]orm",
+    "attention": "[Pp]refill|[Dd]ecode|[Mm]ergeState|VariableLengthMerge|fmha",
+    "matrix products": "gemm|gemv|nvjet|cutlass|splitK",
     "copies": "[Mm]emcpy|[Mm]emset",
     "drawing": "^draw$",
 }
@@ -53,7 +53,7 @@ def measure_row(row: str, given: argparse.Namespace, inputs: Inputs) -> dict:
     vocab_size = inputs.model.config["vocab_size"]
     texts = ["x" * 4 * given.context + str(index) for index in range(max(given.running))]
     prompts = [bench.prompt_ids(text, vocab_size)[-given.context :] for text in texts]
-    run = bench.decide(args, inputs, [(ids, 4 * STEPS) for ids in prompts])
+    run = bench.decide(args, inputs, [(ids, 5 * STEPS) for ids in prompts])
     started = start.start(args, run.chosen, inputs.model, run.todo)
     found = {}
     for running in given.running:
@@ -61,8 +61,8 @@ def measure_row(row: str, given: argparse.Namespace, inputs: Inputs) -> dict:
         shutil.rmtree(folder, ignore_errors=True)
         generate = functools.partial(answer_s, started.engine, run.todo[:running])
         generate(1)  # the prompts are in the tree from here on
-        step_s = min(generate(3 * STEPS) - generate(STEPS) for _ in range(3)) / (2 * STEPS)
-        found[running] = {"step_s": step_s}
+        short_s, long_s = (min(generate(steps) for _ in range(3)) for steps in (STEPS, 5 * STEPS))
+        found[running] = {"step_s": (long_s - short_s) / (4 * STEPS)}
         if args.device == "cuda":
             started.engine.start_profile(
                 output_dir=str(folder),
