@@ -107,7 +107,7 @@ def test_none_where_they_are_forked_or_not_needed():
     assert not waiting.waiting
 
 
-def test_weights_are_read_where_they_fit_into_memory(monkeypatch, tmp_path):
+def test_weights_are_read_where_they_fit_into_memory_and_are_not_there_yet(monkeypatch, tmp_path):
     for number in (1, 2):
         (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(bytes(2**25 + number))
     (tmp_path / "blob").write_bytes(bytes(2**25))
@@ -123,5 +123,8 @@ def test_weights_are_read_where_they_fit_into_memory(monkeypatch, tmp_path):
         return so_far() - before
 
     assert 3 * 2**25 <= bytes_read(tmp_path) < 3 * 2**25 + 2**20
+    monkeypatch.setattr(ahead, "PIECES", 1)
+    monkeypatch.setattr(ahead, "MEMORY_RATE", 1)  # what comes faster is in memory
+    assert 3 * 2**24 <= bytes_read(tmp_path) < 3 * 2**24 + 2**20
     monkeypatch.setattr(ahead, "memory_limit_gib", lambda: (2 * 3 * 2**25 / 2**30, "a test"))
     assert bytes_read(tmp_path) < 2**20
