@@ -93,15 +93,6 @@ def conservativeness(max_new_tokens: int) -> float:
     return round(min(1.0, max(0.1, EXPECTED_ANSWER_TOKENS / reserved)), 2)
 
 
-def graph_sizes(most: int) -> list[int]:
-    """Batches with a CUDA graph; one between two of them is padded. SGLang's own list up to `most` is half as long again,
-    and each takes 0.1 s of the start."""
-    return sorted(
-        {n for n in (1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most, 32)) if n < most}
-        | {most}
-    )
-
-
 # --- what is chosen -----------------------------------------------------------------------------------
 
 
@@ -256,10 +247,6 @@ def _gpu(args: Arguments, machine: Machine, model: Model, records: list[Record])
         ),
         ("chunked_prefill_size", chunk, f"for {machine.memory_gib:.0f} GiB"),
     ]
-    own = args.own_engine_args
-    if not own.get("speculative_algorithm"):  # SGLang then has a list of its own
-        sizes = graph_sizes(own.get("cuda_graph_max_bs_decode", graphs))
-        choices.append(("cuda_graph_bs_decode", sizes, ""))
     if args.max_running_requests or sorts:
         why = "with top_k, or without top_p, a seeded draw sorts all logits"
         why = "--max_running_requests" if args.max_running_requests else why
@@ -340,8 +327,6 @@ def serve_line(values: dict[str, object], variables: dict[str, str]) -> str:
             words += [flag, *(shlex.quote(f"{n}={path}") for n, path in zip(names, value, strict=True))]
         elif value is True:
             words.append(flag)
-        elif isinstance(value, list) and all(isinstance(entry, int) for entry in value):
-            words += [flag, *map(str, value)]
         elif value is not False and value is not None:
             text = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
             words += [flag, shlex.quote(text)]
