@@ -79,8 +79,8 @@ def measure_row(name: str, given: argparse.Namespace, log: Path) -> dict:
         while piece := os.read(process.stdout.fileno(), 2**16):
             copy.write(piece)
             *lines, text = re.split(rb"[\r\n]", text + piece)
-            for part, line in PARTS.items():
-                if part not in parts and any(re.search(line.encode(), seen) for seen in lines):
+            for part, line in PARTS.items():  # of a bar the last state is not ended yet
+                if part not in parts and any(re.search(line.encode(), seen) for seen in [*lines, text]):
                     parts[part] = round(time.monotonic() - began, 2)
     if process.wait() or ANSWERING not in parts:
         raise UserError(rows.reason(log, f"exit code {process.returncode}"))

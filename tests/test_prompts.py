@@ -325,8 +325,8 @@ def test_fast_runs_share_a_copy_where_the_link_pays():
     assert ways(max_new_tokens=16) == ways(max_new_tokens=600) == (1, 2)  # prompts alone; no longest answer
     assert ways(lengths=(70,) * 20_000) == (1, 2)  # more than run at once: the longest answer is not the end
     assert ways(lora="/adapter") == ways(jump_forward=True) == ways(fast=False) == (1, 2)
-    assert ways(4) == (4, 1)
-    assert ways(4, tp_size=2) == (2, 2)
+    assert ways(4) == (2, 2)
+    assert ways(4, tp_size=4) == (4, 1)
     assert ways(dp_size=1) == (1, 1)
     assert ways(3) == (1, 3)  # 28 heads on three GPUs
     told = chosen(Arguments(fast=True), replace(H200, gpus=2, link=3.9e11)).reasons["tp_size"]

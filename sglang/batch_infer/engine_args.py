@@ -120,9 +120,10 @@ def _for_every_device(args: Arguments, model: Model, records: list[Record], orde
 
 
 def share(args: Arguments, machine: Machine, model: Model, records: list[Record]) -> tuple[Arguments, str]:
-    """`args` with the number of GPUs that share one copy, and why. A step reads the weights once: of a copy on each GPU
-    all of them, of a shared one its part; but each layer then adds up two results over the link. What else a step
-    takes is the same both ways. Copies where bytes are promised: they must not depend on the number of GPUs."""
+    """`args` with the number of GPUs that share one copy, one or two, and why. A step reads the weights once: of a copy on
+    each GPU all of them, of a shared one a half; but each layer then adds up two results over the link. What else a
+    step takes is the same both ways. Four that share one were slower than two pairs (f978da3: 16.9 and 10.5 s). Copies
+    where bytes are promised: they must not depend on the number of GPUs."""
     fixed = args.tp_size or args.dp_size or args.own_engine_args.keys() & {"tp_size", "dp_size", "nnodes"}
     if fixed or args.reproducible or machine.gpus < 2:
         return replace(args, tp_size=args.tp_size or 1), "--tp_size" if args.tp_size else ""
@@ -144,11 +145,11 @@ def share(args: Arguments, machine: Machine, model: Model, records: list[Record]
         copies = machine.gpus // gpus
         steps = min(max(caps), LONGEST_ANSWER_TOKENS) + answers / copies / (args.max_running_requests or 2048)
         read_s = steps * model.streamed_bytes / gpus / machine.bandwidth
-        moved = tokens / copies * row_bytes * 2 * (gpus - 1) / gpus
-        return read_s + (sums * (steps * SUM_S + moved / (SUM_RATE * machine.link)) if gpus > 1 else 0)
+        sum_s = steps * SUM_S + tokens / copies * row_bytes / (SUM_RATE * machine.link)
+        return read_s + (gpus - 1) * sums * sum_s
 
     heads = model.config["num_attention_heads"]
-    found = {n: seconds(n) for n in (1, 2, 4, 8) if machine.gpus % n == 0 and heads % n == 0}
+    found = {n: seconds(n) for n in (1, 2) if machine.gpus % n == 0 and heads % n == 0}
     best = min(found, key=found.get)
     told = ", ".join(f"{n}: {found[n]:.1f} s" for n in found)
     link = f"{machine.link / 1e9:.0f} GB/s from GPU to GPU"
