@@ -55,6 +55,17 @@ def reason(log: Path, otherwise: str) -> str:
     return f"{[*told[:1], *lines[-1:], otherwise][0][:400]} ({otherwise}; see {log})"
 
 
+def by_kind(spans: list[tuple[float, float, str]], kinds: dict[str, str]) -> tuple[dict[str, float], float]:
+    """Seconds of kernels by the first of `kinds` that matches their names, else elementwise, and in which any ran.
+    `spans`: (begin, end, name) in microseconds, sorted."""
+    busy, last, found = 0.0, 0.0, {}
+    for begin, end, name in spans:
+        busy, last = busy + max(0.0, end - max(begin, last)), max(last, end)
+        kind = next((kind for kind, names in kinds.items() if re.search(names, name)), "elementwise")
+        found[kind] = found.get(kind, 0.0) + (end - begin) / 1e6
+    return found, busy / 1e6
+
+
 def to_first(result: dict) -> dict[str, float]:
     """Each row's seconds to those of the command's first; {} if that failed."""
     seconds = {row["row"]: row["seconds"] for row in result["rows"] if "seconds" in row}

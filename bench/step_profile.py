@@ -13,10 +13,10 @@ import argparse
 import functools
 import gzip
 import json
-import re
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -96,17 +96,16 @@ def by_kind(trace: Path) -> dict:
     )
     drawn = [end for _, end, name in spans if name == "draw"]
     steps = len(drawn) - 1
-    busy, last, kinds, names = 0.0, drawn[0], {}, {}
-    for begin, end, name in [span for span in spans if drawn[0] < span[1] <= drawn[-1]]:
-        busy, last = busy + max(0.0, end - max(begin, last)), max(last, end)
-        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "elementwise")
-        for found, key in ((kinds, kind), (names, name[:90])):
-            found[key] = found.get(key, 0.0) + (end - begin) / steps / 1e6
+    spans = [span for span in spans if drawn[0] < span[1] <= drawn[-1]]
+    kinds, busy_s = rows.by_kind(spans, KINDS)
+    names = Counter()
+    for begin, end, name in spans:
+        names[name[:90]] += (end - begin) / steps / 1e6
     profiled_s = (drawn[-1] - drawn[0]) / steps / 1e6
     return {
         "profiled_s": profiled_s,
-        "gpu_s": kinds | {"none": profiled_s - busy / steps / 1e6},
-        "longest_kernels_s": dict(sorted(names.items(), key=lambda item: -item[1])[:12]),
+        "gpu_s": {kind: took / steps for kind, took in kinds.items()} | {"none": profiled_s - busy_s / steps},
+        "longest_kernels_s": dict(names.most_common(12)),
     }
 
 

@@ -40,7 +40,6 @@ import itertools
 import json
 import os
 import random
-import re
 import shlex
 import shutil
 import signal
@@ -338,12 +337,8 @@ def profile_last_micro_batch(number: int) -> dict:
             for e in seen.events()
             if e.device_type == DeviceType.CUDA
         )
-        busy, last, by_kind = 0.0, 0.0, {}
-        for start, end, name in spans:
-            busy, last = busy + max(0.0, end - max(start, last)), max(last, end)
-            kind = next((kind for kind, names in KINDS.items() if re.search(names, name)), "elementwise")
-            by_kind[kind] = by_kind.get(kind, 0.0) + (end - start) / 1e6
-        found["gpu_s"] = by_kind | {"none": (spans[-1][1] - spans[0][0] - busy) / 1e6, "in all": wall_s}
+        kinds, busy_s = rows.by_kind(spans, KINDS)
+        found["gpu_s"] = kinds | {"none": (spans[-1][1] - spans[0][0]) / 1e6 - busy_s, "in all": wall_s}
         return loss
 
     Trainer.training_step = training_step
