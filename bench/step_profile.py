@@ -7,6 +7,7 @@ Rows are those of offline_throughput.py that run_sglang.py answers, with random 
 number of `--running` as many records of `--context` prompt tokens, all of them in the radix tree, decode together.
 `step_s` is taken without the profiler; then SGLang's own (torch.profiler), which slows the host, sees some 16 steps of the
 first GPU. `none` is the time in which no kernel ran, "sums over GPUs" also that in which one GPU waits for the other.
+`all_steps_s` adds up the steps of offline_throughput.py's records; between the numbers measured in a straight line.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))
+import numpy
 import offline_throughput as bench
 import rows
 import run_sglang
@@ -46,8 +48,8 @@ KINDS = {
 }
 
 
-def measure_row(row: str, given: argparse.Namespace, inputs: Inputs) -> dict:
-    """An entry of `by_running` for each number."""
+def measure_row(row: str, given: argparse.Namespace, inputs: Inputs, lengths: list[int]) -> dict:
+    """An entry of `by_running` for each number; `lengths` (tokens) of answers whose steps are added up."""
     args, environment = bench.command(row, given)
     bench.set_up_environment(args, inputs, environment)
     vocab_size = inputs.model.config["vocab_size"]
@@ -74,7 +76,19 @@ def measure_row(row: str, given: argparse.Namespace, inputs: Inputs) -> dict:
             generate(3 * STEPS)
             found[running] |= by_kind(next(folder.glob("*TP-0*DECODE*")))
     started.engine.shutdown()
-    return {"by_running": found, "engine_args": {k: run.chosen.values[k] for k in ("tp_size", "dp_size")}}
+    return {
+        "by_running": found,
+        "all_steps_s": all_steps_s(found, lengths),
+        "engine_args": {k: run.chosen.values[k] for k in ("tp_size", "dp_size")},
+    }
+
+
+def all_steps_s(by_running: dict[int, dict], lengths: list[int]) -> dict[str, float]:
+    """Seconds of all steps, and of their kernels by kind, in which answers of these `lengths` (tokens) begin together."""
+    running, known = [sum(n > step for n in lengths) for step in range(max(lengths))], sorted(by_running)
+    seen = {n: {"step": by_running[n]["step_s"]} | by_running[n].get("gpu_s", {}) for n in known}
+    kinds = sorted({kind for found in seen.values() for kind in found} - {"none"})
+    return {kind: sum(numpy.interp(running, known, [seen[n].get(kind, 0.0) for n in known])) for kind in kinds}
 
 
 def answer_s(engine, records: list[Record], tokens: int) -> float:
@@ -112,6 +126,7 @@ def by_kind(trace: Path) -> dict:
 def measure(given: argparse.Namespace, output: Path) -> dict:
     gpu = given.device == "cuda"
     given.lora_path = given.model_path = None
+    given.limit, given.seed = 0, 0
     given.cap, given.engine_args = 8192 if gpu else 64, '{"load_format": "dummy"}' if gpu else "{}"
     for folder in (FOLDER, bench.FOLDER):
         folder.mkdir(parents=True, exist_ok=True)
@@ -126,11 +141,12 @@ def measure(given: argparse.Namespace, output: Path) -> dict:
     first = bench.command(given.rows[0], given)[0]
     run_sglang.set_up_environment(first)
     inputs = preflight.run(first)
+    lengths = [tokens for _, tokens in bench.workload(given, inputs.model.config["vocab_size"])]
     about = {"hardware": inputs.machine.gpu_name, "gpus": inputs.machine.gpus, "context": given.context}
     about |= {"model": Path(inputs.model.folder).name, "versions": versions(PACKAGES), "commit": commit()}
 
     def row_in_child(row: str, number: int) -> dict:
-        return rows.in_child(lambda: measure_row(row, given, inputs), FOLDER / f"row_{number}.log")
+        return rows.in_child(lambda: measure_row(row, given, inputs, lengths), FOLDER / f"row_{number}.log")
 
     return rows.measure(given.rows, row_in_child, lambda result: {"ratios": {}}, about, output)
 
@@ -139,5 +155,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+", metavar="row", help="see above")
     parser.add_argument("--running", type=int, nargs="+", default=[800, 400, 100, 8])
+    parser.add_argument("--records", help="as offline_throughput.py's")
     parser.add_argument("--context", type=int, default=400, help="tokens of each prompt")
     sys.exit(rows.run(measure, parser, RESULT, FOLDER))

@@ -175,6 +175,12 @@ def test_a_step_ends_as_its_tokens_are_drawn(tmp_path):
     assert list(found["longest_kernels_s"]) == ["nvjet_tst", "ncclAllReduce", "draw"]
 
 
+def test_steps_of_records_are_added_up_by_how_many_run():
+    """Two run for a step, one for two more: what lies between 1 and 3 is on a straight line."""
+    by_running = {3: {"step_s": 5.0, "gpu_s": {"norms": 1.0, "none": 9.0}}, 1: {"step_s": 3.0, "gpu_s": {}}}
+    assert step_profile.all_steps_s(by_running, [1, 3]) == pytest.approx({"step": 10.0, "norms": 0.5})
+
+
 # --- start.py -----------------------------------------------------------------------------------------
 
 
