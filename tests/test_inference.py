@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -187,6 +188,38 @@ def test_the_program_as_it_is(uninterrupted_inference, flags, tiny_qwen2, tmp_pa
     assert answers(tmp_path / "my out") == answers(uninterrupted_inference)
     for unwanted in ("Warning", "Traceback", "No CUDA runtime"):
         assert unwanted not in done.stdout + done.stderr
+
+
+def test_an_engines_ports_are_not_those_that_linux_gives_away(run_inference, few, tmp_path):
+    """Until it listens there anybody else could be given them."""
+
+    def tell_ports():
+        from sglang.srt.server_args import PortArgs
+
+        new = PortArgs.init_new
+
+        def told(*args, **kwargs):
+            print(f"PORT {(ports := new(*args, **kwargs)).nccl_port}", flush=True)
+            return ports
+
+        PortArgs.init_new = told
+
+    flags = [
+        "--prompts",
+        few,
+        "--max_new_tokens",
+        2,
+        "--dp_size",
+        2,
+        "--output_file",
+        tmp_path / "outputs.jsonl",
+    ]
+    code, text = run_inference(*flags, patch=tell_ports).wait()
+    assert code == 0, text
+    ports = [int(port) for port in re.findall(r"PORT (\d+)", text)]
+    assert len(ports) >= 2
+    given_away = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert max(ports) < given_away
 
 
 def test_the_gpus_sampler_draws_the_tokens(run_inference, few, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 from harness import ROOT, fork
 from lora_sft.launch import StopRequest
 from workbench import UserError
-from workbench.processes import use_short_tmpdir
+from workbench.processes import free_port, use_short_tmpdir
 
 SCRIPT = ROOT / "deepspeed" / "run_llama2_7b_lora.sh"
 ENV = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix}
@@ -123,6 +124,17 @@ def test_sockets_find_a_short_folder(monkeypatch, tmp_path):
         monkeypatch.setenv("TMPDIR", str(folder))
         use_short_tmpdir()
         assert os.environ["TMPDIR"] == "/tmp"
+
+
+def test_a_free_port_is_not_listened_on(monkeypatch):
+    drawn = iter([])
+    monkeypatch.setattr("random.SystemRandom.randrange", lambda *_: next(drawn))
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        drawn = iter([taken, taken, 16384])
+        assert free_port() == 16384
 
 
 @pytest.fixture

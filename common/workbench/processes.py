@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import random
 import signal
 import socket
 import traceback
@@ -31,10 +32,14 @@ def use_short_tmpdir() -> None:
 
 
 def free_port() -> int:
-    """A TCP port that is free now; the kernel hands out another one each time."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that is free now, and below those that Linux gives to whoever names none (32768 and more): nobody is given
+    it before it is listened on."""
+    draw = random.SystemRandom()  # forked processes would draw alike
+    while True:
+        port = draw.randrange(16384, 32768)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from workbench.machine import memory_limit_gib
-from workbench.processes import importing
+from workbench.processes import free_port, importing
 
 from .arguments import Arguments
 from .machine import Machine
@@ -83,6 +83,8 @@ def wait_for_work(work: Connection, modules: tuple[str, ...], children: int, var
     with importing():
         for name in modules:
             importlib.import_module(name)
+    if CONTROLLER in modules:
+        take_own_ports()
     try:
         environment, target, args, kwargs = work.recv()
     except EOFError:  # the run has ended
@@ -93,6 +95,14 @@ def wait_for_work(work: Connection, modules: tuple[str, ...], children: int, var
         ahead.close()
     with ahead:
         target(*args, **kwargs)
+
+
+def take_own_ports() -> None:
+    """SGLang asks Linux for a free port for each copy and listens there seconds later: until then it may be given to any
+    process that asks, as gloo and NCCL do."""
+    from sglang.srt import server_args
+
+    server_args.get_free_port = free_port
 
 
 def begin(ahead: Ahead, args: Arguments, machine: Machine) -> None:

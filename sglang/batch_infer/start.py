@@ -16,7 +16,7 @@ from workbench import UserError
 from workbench.processes import STOP_SIGNALS, importing
 
 from . import generate, kernels, machine
-from .ahead import Ahead
+from .ahead import Ahead, take_own_ports
 from .arguments import Arguments
 from .engine_args import EngineArgs
 from .machine import Machine
@@ -42,6 +42,7 @@ def start(
         watch.start()
     with importing():
         import sglang.srt.entrypoints.engine  # noqa: F401
+    take_own_ports()
     if args.device == "cpu":
         fork_engine_processes(str(chosen.values["tokenizer_path"]))
     try:
