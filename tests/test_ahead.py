@@ -23,10 +23,12 @@ sys.path += sys.argv[1:]
 from batch_infer import ahead
 
 ahead.CONTROLLER = "__mp_main__"  # as the function that follows is known where it runs
+own_ports = []
+ahead.take_own_ports = lambda: own_ports.append("taken")
 
 
 def tell(sender):
-    sender.send((os.getpid(), os.environ.get("OF_START"), os.environ.get("OF_BEGIN")))
+    sender.send((os.getpid(), os.environ.get("OF_START"), os.environ.get("OF_BEGIN"), *own_ports))
 
 
 def begin_another(sender):  # as SGLang's controller of copies
@@ -40,7 +42,7 @@ def begin_another(sender):  # as SGLang's controller of copies
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    waiting = ahead.Ahead(modules=("json",))
+    waiting = ahead.Ahead(modules=("json", ahead.CONTROLLER))
     waiting.begin([1, 0, 0, 0], {"OF_BEGIN": "ahead"})
     processes = [process for process, _ in waiting.waiting]
     os.environ["OF_START"] = "then"
@@ -72,7 +74,13 @@ def test_processes_that_wait_do_the_work(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-P", tmp_path / "script.py", FOLDER, FOLDER.parent / "common"]
     said = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=60).stdout)
-    assert said == [[True, True, True, 0], [True, True, "then", None, 0], [-9], [0], [False, "then", None]]
+    assert said == [
+        [True, True, True, 0],
+        [True, True, "then", None, "taken", 0],
+        [-9],
+        [0],
+        [False, "then", None],
+    ]
 
 
 @pytest.mark.parametrize(

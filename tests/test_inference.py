@@ -204,16 +204,8 @@ def test_an_engines_ports_are_not_those_that_linux_gives_away(run_inference, few
 
         PortArgs.init_new = told
 
-    flags = [
-        "--prompts",
-        few,
-        "--max_new_tokens",
-        2,
-        "--dp_size",
-        2,
-        "--output_file",
-        tmp_path / "outputs.jsonl",
-    ]
+    flags = ["--prompts", few, "--max_new_tokens", 2, "--dp_size", 2]
+    flags += ["--output_file", tmp_path / "outputs.jsonl"]
     code, text = run_inference(*flags, patch=tell_ports).wait()
     assert code == 0, text
     ports = [int(port) for port in re.findall(r"PORT (\d+)", text)]

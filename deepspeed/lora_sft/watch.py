@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-import deepspeed.utils.nvtx
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -90,7 +89,6 @@ class SetUp(TrainerCallback):
         keep_activations(engine.module, self.plan.kept_layers)  # Trainer has just switched checkpointing on
         if not engine.zero_overlap_comm():
             let_host_run_ahead(engine)
-        deepspeed.utils.nvtx.enable_nvtx = False  # ranges that only NVIDIA's profilers read
         gc.collect()
         gc.freeze()  # to look through all that stays holds each rank at another time, and the others wait
         error = packing_self_test(engine, engine.module.config.vocab_size, hf_args.device)
