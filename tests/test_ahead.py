@@ -107,6 +107,13 @@ def test_garbage_is_collected_again_after_imports_that_fail():
     assert gc.isenabled()
 
 
+def test_imports_leave_out_what_nothing_here_calls(transformers):
+    from transformers.generation import candidate_generator
+
+    assert not candidate_generator.is_sklearn_available()
+    assert not hasattr(candidate_generator, "roc_curve")
+
+
 def test_none_where_they_are_forked_or_not_needed():
     waiting = Ahead()
     ahead.begin(waiting, Arguments(device="cpu"), Machine("cpu"))
