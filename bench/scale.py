@@ -4,12 +4,12 @@
 
 Memory is the preflight's prediction (lora_sft/memory.py). A micro-batch gathers the weights twice, for its forward and
 its backward pass; in a ring every GPU, and so every node's link, receives all but its own share each time. What a step
-computes meanwhile is measured with weights that no one gathers (results/train_throughput.json, 2 x H100), and grows with
+computes meanwhile is measured with weights that no one gathers (results/train_fp16_h200.json, 2 x H200), and grows with
 the weights. Links are taken at 80 % of their nominal rate. With zero_hpz_partition_size 8 each node of 8 GPUs keeps a
 copy of its own, which the backward pass gathers from: half the bytes between nodes.
 
 Inference has a prompt's share of what 805 take (results/offline_throughput.json, H100, the reproducible profile), and
-never less than its longest answer, which is what two copies do not halve (results/offline_throughput_two_gpus.json).
+never less than its longest answer, which is what two copies do not halve (results/offline_throughput_two_gpus.json, H200).
 """
 
 import json
@@ -57,7 +57,7 @@ def sizes(config: dict, rank: int) -> tuple[dict[str, int], list[int]]:
 def training() -> list[str]:
     args = Arguments()
     zero = read_zero_config(str(Path(memory.__file__).parents[1] / "zero3.json"))["zero_optimization"]
-    measured_s = rows_of("train_throughput")["replicated"]["step_s"]
+    measured_s = rows_of("train_fp16_h200")["replicated"]["step_s"]
     lines, small = [], {}
     for name, config in MODELS.items():
         base, lora = sizes(config, args.lora_r)

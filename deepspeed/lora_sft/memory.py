@@ -119,7 +119,7 @@ def predict(
 
 def layers_to_keep(predicted_gib: Callable[[int], float], layers: int, room_gib: float) -> int:
     """How many layers may keep their activations where `predicted_gib` of so many is the peak: 4 % stay free, because a
-    prediction is right within 2 %, and other processes come and go."""
+    prediction is right within 3 %, and other processes come and go."""
     fitting = (kept for kept in range(layers, 0, -1) if predicted_gib(kept) <= 0.96 * room_gib)
     return next(fitting, 0)
 

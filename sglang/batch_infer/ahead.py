@@ -1,6 +1,6 @@
 """The engine's processes and weights, begun while this one still reads and checks.
 
-SGLang spawns them when all is decided, and each then imports for 15 s what this one has imported before; where copies are
+SGLang spawns them when all is decided, and each then imports for 10 s what this one has imported before; where copies are
 served, a process between the two imports it once more. Here they are spawned as soon as a GPU is found, import, and wait
 for what to do. (For the CPU they are forked: start.py.)
 """

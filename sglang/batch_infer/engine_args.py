@@ -25,7 +25,7 @@ SMALL_BYTES = 2**27  # weights for which a second copy's start takes longer than
 LONGEST_ANSWER_TOKENS = 2000  # of 805; where the cap allows, one answer is about so long
 # A sum over GPUs: the time to begin one, and its rate as a share of a copy's from GPU to GPU. Two constants of one
 # measurement (12a1e1e): AlpacaEval's answers take two H100 17.3 s with a copy on each, 15.3 s with a shared one. On two H200 they
-# then say 0.7 s for what was 0.9 (14.8 and 13.9 s).
+# then say 0.7 s for what was 0.8 (14.9 and 14.1 s, f669022).
 SUM_S, SUM_RATE = 8e-6, 0.5
 EXACT = "-fmad=false"  # nvcc: no fused multiply-adds
 SORTED_RUNNING, SORTED_BYTES = 256, 32  # at once, and bytes a logit, where SGLang's own seeded sampler draws
