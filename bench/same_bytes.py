@@ -7,11 +7,11 @@
     python bench/same_bytes.py fresh_1 killed_and_resumed --device cpu        # the rehearsal's model
 
 On a GPU: random weights of Qwen2.5-7B's shape in files (14.2 GiB), not SGLang's dummy ones; they are 35 times
-smaller, attention with them is flat, and what differs does not show. Every run is the real command in a folder of its own.
-A fifth of the records repeats a prompt: then all of it is in the radix tree. The result is written after every run; exit
-code 1 if one differs from the first or fails.
+smaller, attention with them is flat, and what differs does not show. Every run is the real command, in turn, in a folder of
+its own. A fifth of the records repeats a prompt: then all of it is in the radix tree. "ratios" are the shares of answers that
+differ from the first run's.
 
-runs:
+rows:
     fresh_N               the command on one GPU
     in_flight_N           at most N records in flight (--batch_size)
     running_N             at most N of them running (--max_running_requests)
@@ -22,6 +22,7 @@ runs:
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import re
@@ -30,24 +31,24 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.extend(str(Path(__file__).resolve().parents[1] / name) for name in ("bench", "sglang", "common"))
+import rows
 import shapes
 
 from batch_infer.arguments import REHEARSAL
 from batch_infer.store import ALL, SUMMARY, count_answers
 from workbench import UserError
-from workbench.files import commit, write_json
+from workbench.files import commit
 from workbench.machine import driver_version
 from workbench.rows import read_rows
 
 ROOT = REHEARSAL.parent
 FOLDER = REHEARSAL / "runs" / "same_bytes"
 RESULT = ROOT / "bench" / "results" / "same_bytes.json"
-KILLED, TWO_GPUS = "killed_and_resumed", "two_gpus"
-OWN_FLAGS = {TWO_GPUS: ["--dp_size", "2"], "jump_forward": ["--dp_size", "1", "--jump_forward"]}
+KILLED = "killed_and_resumed"
+OWN_FLAGS = {"two_gpus": ["--dp_size", "2"], "jump_forward": ["--dp_size", "1", "--jump_forward"]}
 DEFAULT_RUNS = ["fresh_1", "fresh_2", "in_flight_64", "running_100", KILLED]
 
 
@@ -69,7 +70,7 @@ def object_of(properties: dict) -> dict:
 
 
 def flags_of(run: str) -> list[str]:
-    """Its own flags. Raises UserError for an unknown run."""
+    """A run's own flags. Raises UserError for an unknown one."""
     if run in OWN_FLAGS:
         return OWN_FLAGS[run]
     kind, _, number = run.rpartition("_")
@@ -80,12 +81,14 @@ def flags_of(run: str) -> list[str]:
         "running": ["--max_running_requests", number],
     }
     if run != KILLED and (kind not in own or not re.fullmatch(r"[1-9]\d*", number)):
-        raise UserError(f"no run {run}; -h lists them")
+        raise UserError(f"no row {run}; -h lists them")
     return ["--dp_size", "1", *own.get(kind, [])]
 
 
-def measure(run: str, command: list[str], folder: Path, kill_at: int) -> dict:
-    """One run of the command, in `folder`. Raises UserError if it fails."""
+def measure_row(run: str, number: int, *, command: list[str], kill_at: int, first: dict) -> dict:
+    """One run of the command, compared with the first that ended, which it becomes in `first` if there is none. Raises
+    UserError if it fails."""
+    folder = FOLDER / run
     command = [*command, *flags_of(run), "--output_file", str(folder / "outputs.jsonl")]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -95,18 +98,29 @@ def measure(run: str, command: list[str], folder: Path, kill_at: int) -> dict:
     if code not in (0, 3):  # 3: some records failed, an answer that its schema does not allow, say
         raise UserError(f"exit code {code}, see {folder / 'terminal.txt'}")
     summary, answers = json.loads((folder / SUMMARY).read_text()), (folder / ALL).read_bytes()
+    outputs, settings = [row["output"] for row in json.loads(answers)], summary["settings"]
+    first.setdefault("outputs", outputs)
+    which = [i for i, pair in enumerate(zip(first["outputs"], outputs, strict=True)) if pair[0] != pair[1]]
+    counts = (
+        "failed_records",
+        "cached_prompt_tokens",
+        "output_tokens",
+        "forced_tokens",
+        "generate_s",
+        "parity",
+    )
     return {
-        "run": run,
         "sha256": hashlib.sha256(answers).hexdigest(),
-        "outputs": [row["output"] for row in json.loads(answers)],
-        "failed_records": summary["failed_records"],
-        "cached_prompt_tokens": summary["cached_prompt_tokens"],
-        "output_tokens": summary["output_tokens"],
-        "forced_tokens": summary["forced_tokens"],
-        "generate_s": summary["generate_s"],
-        "parity": summary["parity"],
+        "records": len(outputs),
+        "different_records": len(which),
+        "which": which[:20],
+        **{name: summary[name] for name in counts},
         "answers_before_the_kill": killed,
-        "settings": summary["settings"],
+        "hardware": settings["gpu_name"] or settings["cpu_capability"],
+        **{name: settings[name] for name in ("weights_id", "adapter_id", "versions")},
+        "engine_args": {
+            k: v for k, v in settings["engine_args"].items() if not k.endswith(("_path", "_paths"))
+        },
     }
 
 
@@ -124,38 +138,13 @@ def kill_once(command: list[str], folder: Path, kill_at: int) -> int:
     return answered
 
 
-def compare(results: list[dict], runs: list[str]) -> dict:
-    """The results so far, in the order of `runs`, each against the first of them that ended."""
-    results = sorted(results, key=lambda result: runs.index(result["run"]))
-    ended = [result for result in results if "error" not in result]
-    if not ended:
-        return {"identical_runs": 0, "records": 0, "runs": results}
-    first, settings, rows = ended[0]["outputs"], ended[0]["settings"], []
-    for result in results:
-        row = {key: value for key, value in result.items() if key not in ("settings", "outputs")}
-        if "outputs" in result:
-            pairs = enumerate(zip(first, result["outputs"], strict=True))
-            which = [i for i, (one, other) in pairs if one != other]
-            row |= {"different_records": len(which), "which": which[:20]}
-        rows.append(row)
-    return {
-        "identical_runs": sum(result["sha256"] == ended[0]["sha256"] for result in ended),
-        "records": len(first),
-        "runs": rows,
-        "engine_args": {
-            k: v for k, v in settings["engine_args"].items() if not k.endswith(("_path", "_paths"))
-        },
-        "hardware": settings["gpu_name"] or settings["cpu_capability"],
-    } | {name: settings[name] for name in ("weights_id", "adapter_id", "versions")}
-
-
 def prepare(given: argparse.Namespace) -> tuple[list[str], dict]:
-    """The command that all runs share, and what the result says about its prompts. Raises UserError."""
+    """The command that all runs share, and what the result says about it. Raises UserError."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    rows = [row for _, row in read_rows(Path(given.records), "--records")]
-    if not all(isinstance(row, dict) and "instruction" in row for row in rows):
+    given_rows = [row for _, row in read_rows(Path(given.records), "--records")]
+    if not all(isinstance(row, dict) and "instruction" in row for row in given_rows):
         raise UserError(f"--records {given.records}: every row must have an instruction")
-    distinct: list[dict] = [{"instruction": row["instruction"]} for row in rows][: given.limit * 4 // 5]
+    distinct: list[dict] = [{"instruction": row["instruction"]} for row in given_rows][: given.limit * 4 // 5]
     for index in range(0, len(distinct) if given.json_every else 0, given.json_every or 1):
         distinct[index]["json_schema"] = schema_of(index // given.json_every)
     prompts = FOLDER / "prompts.json"
@@ -178,57 +167,34 @@ def prepare(given: argparse.Namespace) -> tuple[list[str], dict]:
     return [*command, "--model_path", str(model), "--engine_args", given.engine_args], about
 
 
-def main() -> int:
+def measure(given: argparse.Namespace, output: Path) -> dict:
+    """Raises UserError for what is wrong before the first run."""
+    runs = given.rows or DEFAULT_RUNS
+    for run in runs:
+        flags_of(run)
+    command, about = prepare(given)
+    run = functools.partial(measure_row, command=command, kill_at=about["repeated_prompts"], first={})
+    return rows.measure(runs, run, ratios, about, output)
+
+
+def ratios(result: dict) -> dict:
+    done = [row for row in result["rows"] if "error" not in row]
+    return {"ratios": {row["row"]: row["different_records"] / row["records"] for row in done}}
+
+
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="run", help=f"default: {' '.join(DEFAULT_RUNS)}")
+    parser.add_argument("rows", nargs="*", metavar="row", help=f"default: {' '.join(DEFAULT_RUNS)}")
     parser.add_argument("--records", default=str(REHEARSAL / "instructions.json"), help="rows with instruction")
     parser.add_argument("--limit", type=int, default=805, help="records in all, the repeated ones among them")
     parser.add_argument("--max_new_tokens", type=int, default=96)
     parser.add_argument("--json_every", type=int, default=0, help="every so many records get a JSON schema")
     parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--at_once", type=int, default=2, help="runs at a time")
     parser.add_argument("--model_path", help="on a GPU: folder")
     parser.add_argument("--lora_path", help="on a GPU: adapter folder, for all records")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--engine_args", default='{"max_total_tokens": 100000}', help="on a GPU: runs share it")
     parser.add_argument(
-        "--output", type=Path, help=f"default: bench/results/{RESULT.name}; on the CPU in {FOLDER}"
+        "--engine_args",
+        default='{"max_total_tokens": 100000}',
+        help="on a GPU; by default a pool that the records do not fit, so that prefixes are evicted",
     )
-    given = parser.parse_args()
-    runs, results = given.runs or DEFAULT_RUNS, []
-    output = given.output or (RESULT if given.device == "cuda" else FOLDER / RESULT.name)
-    try:
-        for run in runs:
-            flags_of(run)
-        command, about = prepare(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-    def job(run: str) -> dict:
-        try:
-            return measure(run, command, FOLDER / run, about["repeated_prompts"])
-        except (UserError, OSError) as error:
-            return {"run": run, "error": str(error)}
-
-    def keep(result: dict) -> None:
-        print(f"{result['run']}: {result.get('error') or 'SHA-256 ' + result['sha256'][:12]}", flush=True)
-        results.append(result)
-        write_json(output, compare(results, runs) | about)
-
-    with ThreadPoolExecutor(given.at_once) as pool:
-        for ended in as_completed([pool.submit(job, run) for run in runs if run != TWO_GPUS]):
-            keep(ended.result())
-    if TWO_GPUS in runs:
-        keep(job(TWO_GPUS))
-    compared = compare(results, runs)
-    for row in compared["runs"]:
-        print(
-            f"{row['run']:20} {row.get('different_records', 'failed, not')} of {compared['records']} records differ"
-        )
-    print(f"{compared['identical_runs']} of {len(runs)} runs identical")
-    return 0 if compared["identical_runs"] == len(runs) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(rows.run(measure, parser, RESULT, FOLDER))

@@ -1,10 +1,12 @@
 """The benchmarks of inference: the same work for every row, and ratios within a command only."""
 
+import functools
 import gzip
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -248,36 +250,54 @@ def test_flags_of_the_runs():
     assert same_bytes.flags_of("two_gpus") == ["--dp_size", "2"]
     assert "--jump_forward" in same_bytes.flags_of("jump_forward")
     for run in ("fresh", "in_flight_", "running_all"):
-        with pytest.raises(UserError, match=f"no run {run}"):
+        with pytest.raises(UserError, match=f"no row {run}"):
             same_bytes.flags_of(run)
 
 
-def test_same_bytes_compares_the_runs_that_ended():
-    """In the order asked for, whichever ended first; a failed run is no identical one."""
-    names = ("gpu_name", "weights_id", "adapter_id", "cpu_capability", "versions")
-    settings = dict.fromkeys(names, "x") | {"engine_args": {"model_path": "/a", "dp_size": 1}}
-    same = {"settings": settings, "sha256": "a", "outputs": ["x", "y"]}
-    results = [
-        {"run": "other"} | same | {"sha256": "b", "outputs": ["x", "z"]},
-        {"run": "failed", "error": "exit code 2"},
-        {"run": "first"} | same,
-    ]
-    compared = same_bytes.compare(results, ["first", "failed", "other"])
-    assert (compared["identical_runs"], compared["records"]) == (1, 2)
-    assert compared["engine_args"] == {"dp_size": 1}
-    assert [row["run"] for row in compared["runs"]] == ["first", "failed", "other"]
-    assert compared["runs"][2] == {"run": "other", "sha256": "b", "different_records": 1, "which": [1]}
-    assert same_bytes.compare(results[1:2], ["failed"])["identical_runs"] == 0
+def test_same_bytes_compares_with_the_first_run_that_ended(monkeypatch, tmp_path):
+    written = {"failed": None, "first": ["x", "y"], "other": ["x", "z"]}
+
+    def run(command: list[str], **_) -> SimpleNamespace:
+        folder = Path(command[-1]).parent
+        if not written[folder.name]:
+            return SimpleNamespace(returncode=2)
+        (folder / same_bytes.ALL).write_text(json.dumps([{"output": text} for text in written[folder.name]]))
+        counts = dict.fromkeys(
+            (
+                "failed_records",
+                "cached_prompt_tokens",
+                "output_tokens",
+                "forced_tokens",
+                "generate_s",
+                "parity",
+            ),
+            1,
+        )
+        names = ("gpu_name", "weights_id", "adapter_id", "versions")
+        settings = dict.fromkeys(names, "x") | {"engine_args": {"model_path": "/a", "dp_size": 1}}
+        (folder / same_bytes.SUMMARY).write_text(json.dumps(counts | {"settings": settings}))
+        return SimpleNamespace(returncode=3)
+
+    monkeypatch.setattr(same_bytes, "FOLDER", tmp_path)
+    monkeypatch.setattr(same_bytes, "flags_of", lambda run: [])
+    monkeypatch.setattr(same_bytes.subprocess, "run", run)
+    measure = functools.partial(same_bytes.measure_row, command=["run"], kill_at=1, first={})
+    found = rows.measure(list(written), measure, same_bytes.ratios, {}, tmp_path / "result.json")
+    assert [row.get("different_records") for row in found["rows"]] == [None, 0, 1]
+    assert found["rows"][2]["which"] == [1]
+    assert found["rows"][1]["engine_args"] == {"dp_size": 1}
+    assert "exit code 2, see " in found["rows"][0]["error"]
+    assert found["ratios"] == {"first": 0, "other": 0.5}
 
 
 @pytest.mark.long
 def test_the_bytes_are_the_same_after_a_kill(tmp_path):
     words = ["fresh_1", "killed_and_resumed", "--limit", 20, "--max_new_tokens", 16]
     text = bench("same_bytes.py", *words, "--output", tmp_path / "result.json")
-    assert "2 of 2 runs identical" in text
+    assert '{"fresh_1": 0.0, "killed_and_resumed": 0.0}' in text
     result = json.loads((tmp_path / "result.json").read_text())
-    assert [row["different_records"] for row in result["runs"]] == [0, 0]
-    assert 4 <= result["runs"][1]["answers_before_the_kill"] < 20
+    assert [row["different_records"] for row in result["rows"]] == [0, 0]
+    assert 4 <= result["rows"][1]["answers_before_the_kill"] < 20
     assert result["repeated_prompts"] == 4
 
 
