@@ -86,9 +86,7 @@ def write_weights(folder: Path, config: dict) -> None:
     dtype = getattr(torch, config["torch_dtype"])
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
-    model.save_pretrained(
-        folder, max_shard_size="4GB"
-    )  # as Qwen2.5's files are; the engine reads several at once
+    model.save_pretrained(folder, max_shard_size="4GB")  # as Qwen2.5's files are
 
 
 def write_adapter(base: Path, folder: Path) -> None:
