@@ -48,6 +48,7 @@ ROOT = REHEARSAL.parent
 FOLDER = REHEARSAL / "runs" / "same_bytes"
 RESULT = ROOT / "bench" / "results" / "same_bytes.json"
 KILLED = "killed_and_resumed"
+COUNTS = ("failed_records", "cached_prompt_tokens", "output_tokens", "forced_tokens", "generate_s", "parity")
 OWN_FLAGS = {"two_gpus": ["--dp_size", "2"], "jump_forward": ["--dp_size", "1", "--jump_forward"]}
 DEFAULT_RUNS = ["fresh_1", "fresh_2", "in_flight_64", "running_100", KILLED]
 
@@ -101,20 +102,12 @@ def measure_row(run: str, number: int, *, command: list[str], kill_at: int, firs
     outputs, settings = [row["output"] for row in json.loads(answers)], summary["settings"]
     first.setdefault("outputs", outputs)
     which = [i for i, pair in enumerate(zip(first["outputs"], outputs, strict=True)) if pair[0] != pair[1]]
-    counts = (
-        "failed_records",
-        "cached_prompt_tokens",
-        "output_tokens",
-        "forced_tokens",
-        "generate_s",
-        "parity",
-    )
     return {
         "sha256": hashlib.sha256(answers).hexdigest(),
         "records": len(outputs),
         "different_records": len(which),
         "which": which[:20],
-        **{name: summary[name] for name in counts},
+        **{name: summary[name] for name in COUNTS},
         "answers_before_the_kill": killed,
         "hardware": settings["gpu_name"] or settings["cpu_capability"],
         **{name: settings[name] for name in ("weights_id", "adapter_id", "versions")},

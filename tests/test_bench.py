@@ -262,20 +262,11 @@ def test_same_bytes_compares_with_the_first_run_that_ended(monkeypatch, tmp_path
         if not written[folder.name]:
             return SimpleNamespace(returncode=2)
         (folder / same_bytes.ALL).write_text(json.dumps([{"output": text} for text in written[folder.name]]))
-        counts = dict.fromkeys(
-            (
-                "failed_records",
-                "cached_prompt_tokens",
-                "output_tokens",
-                "forced_tokens",
-                "generate_s",
-                "parity",
-            ),
-            1,
-        )
         names = ("gpu_name", "weights_id", "adapter_id", "versions")
         settings = dict.fromkeys(names, "x") | {"engine_args": {"model_path": "/a", "dp_size": 1}}
-        (folder / same_bytes.SUMMARY).write_text(json.dumps(counts | {"settings": settings}))
+        (folder / same_bytes.SUMMARY).write_text(
+            json.dumps(dict.fromkeys(same_bytes.COUNTS, 1) | {"settings": settings})
+        )
         return SimpleNamespace(returncode=3)
 
     monkeypatch.setattr(same_bytes, "FOLDER", tmp_path)
