@@ -133,7 +133,14 @@ def test_a_first_node_that_falls_silent_while_it_checks_ends_the_others(start_no
         preflight.look_at_model = lambda args: os.kill(0, signal.SIGSTOP)
 
     def be_impatient():
-        cluster.SILENCE_S = 2
+        """And late: node 0 stands still before it is asked for the first time."""
+        cluster.SILENCE_S, wait_for = 2, cluster.wait_for
+
+        def wait_later(store, *keys):
+            time.sleep(keys == ("message",))
+            wait_for(store, *keys)
+
+        cluster.wait_for = wait_later
 
     first, second = start_nodes("--output_dir", tmp_path / "out", patches={0: freeze, 1: be_impatient})
     try:

@@ -208,16 +208,19 @@ def ask(nodes: Nodes, work_dir: Path, facts: Callable[[], dict]) -> int:
         wait_for(store, "shared", "message")
         if store.check(["shared"]):
             shared, found = Path(store.get("shared").decode()), {"problem": None}
+            signal.alarm(0)  # what this node does by itself may take its time
             try:
                 if not shared.is_dir():
                     raise UserError(f"--output_dir {shared.parent}: no file system that all nodes share")
                 found |= facts()
             except UserError as error:
                 found["problem"] = str(error)
+            signal.alarm(SILENCE_S)
             store.set(f"facts-{nodes.index}", json.dumps(found | {"name": nodes.here()}))
         wait_for(store, "message")
         message = json.loads(store.get("message"))
         store.add("left", 1)
+        signal.alarm(0)
     except torch.distributed.DistError as error:
         why = str(error).splitlines()[0]
         print(f"error: {nodes.here()}: node 0 is gone ({why}); the same command starts again", file=sys.stderr)
@@ -229,11 +232,12 @@ def ask(nodes: Nodes, work_dir: Path, facts: Callable[[], dict]) -> int:
 
 
 def wait_for(store, *keys: str) -> None:
-    """Until one of them is set. TCPStore waits for ever for a server that is silent: SIGALRM ends this process then."""
+    """Until one of them is set. TCPStore waits for ever for a server that is silent: SIGALRM ends this process then, also
+    in what it asks next."""
+    signal.alarm(SILENCE_S)
     while not any(store.check([key]) for key in keys):
-        signal.alarm(SILENCE_S)
         time.sleep(0.2)
-    signal.alarm(0)
+        signal.alarm(SILENCE_S)
 
 
 # --- while the ranks train ----------------------------------------------------------------------------
