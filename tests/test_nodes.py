@@ -137,7 +137,7 @@ def test_a_first_node_that_falls_silent_while_it_checks_ends_the_others(start_no
         cluster.SILENCE_S, wait_for = 2, cluster.wait_for
 
         def wait_later(store, *keys):
-            time.sleep(keys == ("message",))
+            time.sleep(1 if keys == ("message",) else 0)
             wait_for(store, *keys)
 
         cluster.wait_for = wait_later
@@ -150,6 +150,26 @@ def test_a_first_node_that_falls_silent_while_it_checks_ends_the_others(start_no
         first.wait()
     assert code == 75
     assert text.endswith("error: node 0 does not answer any more; the same command starts again\n")
+
+
+def test_what_a_node_does_by_itself_may_take_longer_than_an_answer(monkeypatch, tmp_path):
+    class Store(dict):
+        def check(self, keys):
+            return keys[0] in self
+
+        set, add = dict.__setitem__, dict.__setitem__
+
+    store = Store(shared=str(tmp_path).encode(), message=json.dumps({"end": 3}))
+    monkeypatch.setattr(cluster, "open_store", lambda nodes: store)
+    monkeypatch.setattr(cluster, "SILENCE_S", 1)
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("taken for silent"))
+    try:
+        code = cluster.ask(Nodes(2, 1), tmp_path, lambda: time.sleep(1.2) or {"text": "4 x A100"})
+        assert (code, signal.alarm(0)) == (3, 0)  # nothing is armed any more
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert json.loads(store["facts-1"])["text"] == "4 x A100"
 
 
 def test_a_node_whose_check_is_killed_before_it_speaks_is_not_waited_for(start_nodes, tmp_path):
